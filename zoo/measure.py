@@ -1,0 +1,243 @@
+"""Measures the models of the zoo on held-out scenes, and writes what it finds into their folders as metrics.json.
+
+    python -m zoo.measure                       # all of them, 2 CPU cores: 8 minutes
+    python -m zoo.measure clip dino             # some
+
+Everything runs as a user would run it: rewards through `load_reward`, pictures through `StableDiffusionPipeline`.
+"""
+
+import argparse
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from torchvision.utils import make_grid, save_image
+from tqdm import trange
+from transformers import CLIPModel, CLIPProcessor
+
+from data.scenes import (
+    COLOURS,
+    HELD_OUT_PAIRS,
+    NUM_CLASSES,
+    QUESTIONS,
+    SHAPES,
+    Caption,
+    Scene,
+    caption,
+    check,
+    render_batch,
+)
+from rewards import load_reward
+
+ZOO = Path(__file__).parent
+TEACHER_STEPS, GUIDANCE = 40, 3.0
+
+
+def images(scenes: list[Scene], size: int = 64) -> torch.Tensor:
+    """x_BCHW in [0, 1]."""
+    return render_batch(scenes, size).image.float() / 255
+
+
+def held_out(count: int, split: str = "test") -> tuple[list[Scene], list[Caption]]:
+    """Scenes of a split, and one caption each."""
+    scenes = [Scene.random(i, split) for i in range(count)]
+    return scenes, [caption(scene, random.Random(i)) for i, scene in enumerate(scenes)]
+
+
+def measure_depth(count: int = 1000) -> dict:
+    """Share of pixels within a factor 1.25, and the mean relative error, on relative inverse depth."""
+    reward = load_reward("depth", model=str(ZOO / "depth"))
+    scenes, _ = held_out(count)
+    within, relative = [], []
+    for i in range(0, count, 100):
+        render = render_batch(scenes[i : i + 100], 64)
+        with torch.no_grad():
+            depth = reward.network(reward.preprocess(render.image))[:, 0].clamp(min=1e-3)
+        ratio = torch.maximum(depth / render.depth, render.depth / depth)
+        within.append((ratio < 1.25).float().mean())
+        relative.append(((depth - render.depth).abs() / render.depth).mean())
+    return {"scenes": count, "delta_1.25": mean(within), "relative_error": mean(relative)}
+
+
+def measure_segmentation(count: int = 1000) -> dict:
+    """Mean intersection over union of the 49 classes at the network's resolution, and caption checks on its maps."""
+    reward = load_reward("segmentation", model=str(ZOO / "segmentation"))
+    scenes, claims = held_out(count)
+    confusion = torch.zeros(NUM_CLASSES**2, dtype=torch.int64)
+    answers = []
+    for i in range(0, count, 100):
+        labels = reward.features(images(scenes[i : i + 100])).long()
+        truth = render_batch(scenes[i : i + 100], labels.shape[-1]).segmentation
+        confusion += torch.bincount((truth * NUM_CLASSES + labels).flatten(), minlength=NUM_CLASSES**2)
+        answers += [check(*pair) for pair in zip(labels, claims[i : i + 100], strict=True)]
+    table = confusion.reshape(NUM_CLASSES, NUM_CLASSES).double()
+    iou = table.diag() / (table.sum(0) + table.sum(1) - table.diag())
+    pixels = float(table.diag().sum() / table.sum())
+    return {"scenes": count, "miou": float(iou.nanmean()), "pixel_accuracy": pixels, "check": summary(answers)}
+
+
+def measure_clip(sets: int = 30, among: int = 64) -> dict:
+    """Text-to-image and image-to-text retrieval, top-1 among 64 held-out pairs."""
+    clip = CLIPModel.from_pretrained(ZOO / "clip", dtype=torch.float32).eval()
+    processor = CLIPProcessor.from_pretrained(ZOO / "clip")
+    scenes, claims = held_out(sets * among)
+    to_image, to_text = [], []
+    for i in range(0, len(scenes), among):
+        words = [claim.text for claim in claims[i : i + among]]
+        pixels = render_batch(scenes[i : i + among], 64).image
+        inputs = processor(text=words, images=pixels, padding="max_length", return_tensors="pt")
+        with torch.no_grad():
+            logits = clip(**inputs).logits_per_text
+        same = torch.arange(among)
+        to_image.append((logits.argmax(1) == same).float().mean())
+        to_text.append((logits.argmax(0) == same).float().mean())
+    return {
+        "pairs": len(scenes),
+        "among": among,
+        "text_to_image_top1": mean(to_image),
+        "image_to_text_top1": mean(to_text),
+    }
+
+
+def measure_dino(train: int = 6000, test: int = 1500) -> dict:
+    """Linear probes of shape and of colour on frozen features of scenes with one solid; training and test scenes."""
+    reward = load_reward("dino", model=str(ZOO / "dino"))
+    x, targets = probe_set(reward, "train", train)
+    y, truth = probe_set(reward, "test", test)
+    result = {"train_scenes": train, "test_scenes": test}
+    for name, classes in targets.items():
+        predicted = linear_probe(x, classes, y)
+        result[f"probe_{name}"] = float((predicted == truth[name]).float().mean())
+    return result
+
+
+def probe_set(reward, split: str, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    numbered = (Scene.random(i, split) for i in itertools.count())
+    scenes = list(itertools.islice((scene for scene in numbered if len(scene.solids) == 1), count))
+    x = torch.cat([reward.features(images(scenes[i : i + 250])) for i in range(0, count, 250)])
+    return x, {
+        "shape": torch.tensor([SHAPES.index(scene.solids[0].shape) for scene in scenes]),
+        "colour": torch.tensor([COLOURS.index(scene.solids[0].colour) for scene in scenes]),
+    }
+
+
+def linear_probe(x: torch.Tensor, classes: torch.Tensor, y: torch.Tensor, decay: float = 1e-4) -> torch.Tensor:
+    """Multinomial logistic regression on standardised features, by L-BFGS; the classes of y."""
+    centre, spread = x.mean(0), x.std(0) + 1e-6
+    x, y = (x - centre) / spread, (y - centre) / spread
+    probe = torch.nn.Linear(x.shape[1], int(classes.max()) + 1)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(probe(x), classes) + decay * probe.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return probe(y).argmax(1)
+
+
+def measure_mini_sd(count: int = 500) -> dict:
+    """Reconstruction PSNR of the autoencoder; caption check of 40-step pictures at guidance 3 on held-out captions."""
+    pipeline = load_pipeline()
+    scenes, claims = held_out(count)
+    segmentation = load_reward("segmentation", model=str(ZOO / "segmentation"))
+    answers, shown = [], []
+    for first, batch in generate(pipeline, [claim.text for claim in claims]):
+        labels = segmentation.features(batch)
+        answers += [check(*pair) for pair in zip(labels, claims[first : first + len(batch)], strict=True)]
+        shown.append(batch)
+    novel = [any((p.shape, p.colour) in HELD_OUT_PAIRS for p in claim.phrases) for claim in claims]
+    save_image(make_grid(torch.cat(shown)[:48], nrow=12, padding=2), ZOO / "mini-sd" / "samples.png")
+    (ZOO / "mini-sd" / "samples.txt").write_text("\n".join(claim.text for claim in claims[:48]) + "\n")
+    return {
+        "captions": count,
+        "steps": TEACHER_STEPS,
+        "guidance_scale": GUIDANCE,
+        "vae_psnr": vae_psnr(pipeline.vae, scenes),
+        "check": summary(answers),
+        "check_held_out_pairs": summary([a for a, is_novel in zip(answers, novel, strict=True) if is_novel]),
+        "check_seen_pairs": summary([a for a, is_novel in zip(answers, novel, strict=True) if not is_novel]),
+    }
+
+
+def load_pipeline() -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(ZOO / "mini-sd", dtype=torch.float32)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, algorithm_type="dpmsolver", final_sigmas_type="sigma_min"
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generate(pipeline, prompts: list[str], batch: int = 50) -> Iterator[tuple[int, torch.Tensor]]:
+    """(number of the first, images in [0, 1]) of batches of pictures; prompt number n has seed n."""
+    for first in trange(0, len(prompts), batch, desc="pictures", mininterval=10):
+        words = prompts[first : first + batch]
+        generators = [torch.Generator().manual_seed(first + i) for i in range(len(words))]
+        with torch.autocast("cpu", torch.bfloat16):
+            yield (
+                first,
+                pipeline(
+                    words,
+                    num_inference_steps=TEACHER_STEPS,
+                    guidance_scale=GUIDANCE,
+                    generator=generators,
+                    output_type="pt",
+                )
+                .images.float()
+                .clamp(0, 1),
+            )
+
+
+@torch.no_grad()
+def vae_psnr(vae, scenes: list[Scene]) -> float:
+    """Mean over images of the PSNR of encoding and decoding, in decibels."""
+    values = []
+    for i in range(0, len(scenes), 50):
+        x = images(scenes[i : i + 50])
+        y = vae.decode(vae.encode(2 * x - 1).latent_dist.mode()).sample / 2 + 0.5
+        values.append(-10 * torch.log10((y.clamp(0, 1) - x).square().mean((1, 2, 3))))
+    return float(torch.cat(values).mean())
+
+
+def summary(answers: list[dict[str, bool]]) -> dict:
+    """Share of right answers: of all questions, of each kind, and of captions with every answer right."""
+    kinds = {kind: [a[kind] for a in answers if kind in a] for kind in QUESTIONS}
+    every = [value for values in kinds.values() for value in values]
+    shares = {kind: round(sum(values) / len(values), 4) for kind, values in kinds.items() if values}
+    whole = sum(all(a.values()) for a in answers) / max(len(answers), 1)
+    return {"questions": round(sum(every) / max(len(every), 1), 4), **shares, "whole_caption": round(whole, 4)}
+
+
+def mean(values: list[torch.Tensor]) -> float:
+    return float(torch.stack(values).mean())
+
+
+MEASURES = {
+    "depth": measure_depth,
+    "segmentation": measure_segmentation,
+    "clip": measure_clip,
+    "dino": measure_dino,
+    "mini-sd": measure_mini_sd,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("models", nargs="*", choices=[[], *MEASURES], default=list(MEASURES))
+    for name in parser.parse_args().models:
+        metrics = MEASURES[name]()
+        metrics = {key: round(value, 4) if isinstance(value, float) else value for key, value in metrics.items()}
+        (ZOO / name / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        print(name, json.dumps(metrics, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Trains zoo/segmentation: a U-Net of segmentation_models_pytorch, 49 classes (background, shape x colour).
+
+    accelerate launch zoo/train_segmentation.py                                # 2 CPU cores: 9 minutes
+    accelerate launch zoo/train_segmentation.py --steps 10000 --batch_size 256       # GPU
+
+It is a measuring instrument, so it sees all pairs of shape and colour, also those that generators are not trained on.
+Pictures of 64 px are enlarged to 128 px first: the network's finest features have half the resolution of its input.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import SegformerImageProcessor
+from trl import TrlParser
+
+from data.scenes import NUM_CLASSES, Scene, render_batch
+from zoo.training import ZOO, Run, fit, parameter_count, scene_batches, write_log
+
+SIDE = 128
+
+
+@dataclass
+class SegmentationRun(Run):
+    name: str = "segmentation"
+    steps: int = 1500
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    ema_decay: float = 0.998
+
+
+def build_unet(classes: int) -> nn.Module:
+    """A quarter of a ResNet-10 with a U-Net decoder, about 1.6 M parameters."""
+    return smp.Unet(
+        "tu-resnet10t",
+        encoder_depth=4,
+        encoder_weights=None,
+        decoder_channels=(128, 64, 48, 32),
+        in_channels=3,
+        classes=classes,
+    )
+
+
+def save_unet(unet: nn.Module, folder: Path, side: int) -> None:
+    """Weights in bf16, and the preprocessing as an image processor beside them."""
+    unet.to(torch.bfloat16).save_pretrained(folder)
+    processor = SegformerImageProcessor(
+        size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    processor.save_pretrained(folder)
+
+
+def prepare(image_BCHW: torch.Tensor, side: int) -> torch.Tensor:
+    """What the processor does, on a uint8 batch: resized, then [-1, 1]."""
+    x_BCHW = F.interpolate(image_BCHW.float(), size=(side, side), mode="bilinear", antialias=True)
+    return x_BCHW.round() / 127.5 - 1
+
+
+def augment(x_BCHW: torch.Tensor) -> torch.Tensor:
+    """A little noise, as decoders leave it, on half of the pictures."""
+    strength = torch.rand(len(x_BCHW), 1, 1, 1, device=x_BCHW.device).sub_(0.5).clamp_(min=0) * 0.2
+    return x_BCHW + strength * torch.randn_like(x_BCHW)
+
+
+def loss(network: nn.Module, step: int, scenes: list[Scene]) -> dict[str, torch.Tensor]:
+    device = next(network.parameters()).device
+    small = render_batch(scenes, 64, device)
+    truth_BHW = render_batch(scenes, SIDE, device).segmentation
+    logits_BKHW = network(augment(prepare(small.image, SIDE))).float()
+    cross_entropy = F.cross_entropy(logits_BKHW, truth_BHW)
+    return {
+        "loss": cross_entropy + 0.5 * dice_loss(logits_BKHW, truth_BHW),
+        "cross_entropy": cross_entropy,
+        "accuracy": (logits_BKHW.argmax(1) == truth_BHW).float().mean(),
+    }
+
+
+def dice_loss(logits_BKHW: torch.Tensor, truth_BHW: torch.Tensor) -> torch.Tensor:
+    """One minus the Dice coefficient of "some solid" against background and of each true class, over the batch."""
+    p_BKHW = logits_BKHW.softmax(1)
+    p_true_BHW = p_BKHW.gather(1, truth_BHW[:, None])[:, 0]
+    there_BHW = (truth_BHW > 0).float()
+    predicted = 1 - p_BKHW[:, 0]
+    return 1 - 2 * (p_true_BHW * there_BHW).sum() / (predicted.sum() + there_BHW.sum() + 1)
+
+
+def main() -> None:
+    (run,) = TrlParser((SegmentationRun,)).parse_args_and_config()
+    torch.manual_seed(0)
+    network = build_unet(NUM_CLASSES).to(memory_format=torch.channels_last)
+    network, log = fit(network, run, loss, lambda first, device: scene_batches(run, first, device, all_pairs=True))
+    folder, parameters = ZOO / "segmentation", parameter_count(network)
+    save_unet(network.to(memory_format=torch.contiguous_format), folder, SIDE)
+    write_log(folder, log, parameters=parameters)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""What the training scripts of the zoo share: the world as batches, and one resumable loop on accelerate.
+
+The loop keeps an exponential moving average of the weights, runs in bf16 autocast, and writes a checkpoint every few
+minutes under `runs/zoo/<name>`; the same command started again goes on from there. Batch number n is a function of n
+alone, so a resumed run sees what an uninterrupted one would have seen.
+"""
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data.scenes import COLOURS, Scene, caption, render_batch
+
+ZOO = Path(__file__).parent
+RUNS = ZOO.parent / "runs" / "zoo"
+
+
+@dataclass
+class Run:
+    """The knobs of a training run, shared by every script of the zoo."""
+
+    name: str = field(metadata={"help": "folder under runs/zoo for checkpoints and the log"})
+    steps: int = field(default=1000, metadata={"help": "optimiser steps in all"})
+    batch_size: int = field(default=64, metadata={"help": "samples a step and process"})
+    learning_rate: float = field(default=6e-4, metadata={"help": "peak of the schedule"})
+    warmup_steps: int = field(default=100, metadata={"help": "linear warm-up, then cosine decay to a fiftieth"})
+    weight_decay: float = field(default=0.01, metadata={"help": "of AdamW"})
+    ema_decay: float = field(default=0.999, metadata={"help": "of the moving average that is saved"})
+    minutes: float = field(default=math.inf, metadata={"help": "stop after so many minutes, schedule included"})
+    save_minutes: float = field(default=3.0, metadata={"help": "between checkpoints"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the network"})
+
+
+class Scenes(Dataset):
+    """Training scenes, by number; a batch is a list of scenes.
+
+    Measuring instruments must know every pair of shape and colour: with `all_pairs`, every second scene has its solids
+    repainted in colours drawn from its number alone, held-out pairs among them.
+    """
+
+    def __init__(self, count: int, first: int = 0, all_pairs: bool = False):
+        self.count, self.first, self.all_pairs = count, first, all_pairs
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Scene:
+        scene = Scene.random(self.first + index)
+        if not self.all_pairs or index % 2:
+            return scene
+        rng = random.Random(self.first + index)
+        colour = dict(zip(COLOURS, rng.sample(COLOURS, len(COLOURS)), strict=True))
+        return replace(scene, solids=tuple(replace(s, colour=colour[s.colour]) for s in scene.solids))
+
+
+def scene_batches(run: Run, first_batch: int, device: torch.device, all_pairs: bool = False) -> DataLoader:
+    """Lists of `run.batch_size` scenes, batch `first_batch` and on; drawn by worker processes beside a GPU."""
+    count, first = (run.steps - first_batch) * run.batch_size, first_batch * run.batch_size
+    workers = 8 if device.type == "cuda" else 0
+    return DataLoader(Scenes(count, first, all_pairs), run.batch_size, collate_fn=list, num_workers=workers)
+
+
+def pictures(scenes: list[Scene], size: int, device: torch.device) -> torch.Tensor:
+    """Images x_BCHW in [-1, 1]."""
+    return render_batch(scenes, size, device).image.float() / 127.5 - 1
+
+
+def captions(scenes: list[Scene], seed: int) -> list[str]:
+    """One caption for each scene, the phrasing drawn from the seed."""
+    rng = random.Random(seed)
+    return [caption(scene, rng).text for scene in scenes]
+
+
+def fit(
+    network: nn.Module,
+    run: Run,
+    loss: Callable[[nn.Module, int, Any], dict[str, torch.Tensor]],
+    batches: Callable[[int, torch.device], Iterable],
+    after_step: Callable[[int], None] | None = None,
+    parameters: list[nn.Parameter] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> tuple[nn.Module, list[dict]]:
+    """Trains a network and returns it with the averaged weights in place, and the log.
+
+    Args:
+        loss: `loss(network, step, batch)` gives named terms, of which "loss" is minimised.
+        batches: `batches(first_step, device)` iterates over batches from that step on.
+        after_step: called with the step's number after the update, for teachers that follow the network.
+        optimizer: AdamW over `parameters` where None.
+    """
+    accelerator = Accelerator(mixed_precision="bf16", log_with=None)
+    folder = RUNS / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = parameters or [p for p in network.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.AdamW(
+        parameters, run.learning_rate, betas=(0.9, 0.99), weight_decay=run.weight_decay
+    )
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    network, optimizer = accelerator.prepare(network, optimizer)
+    plain = accelerator.unwrap_model(network)
+    ema = EMAModel(plain.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75)
+    ema.to(accelerator.device)
+    step, log = _restore(folder, accelerator, ema)
+    callable_network = torch.compile(network) if run.compile else network
+
+    network.train()
+    spent = log[-1]["seconds"] if log else 0.0
+    started = saved = time.monotonic()
+    sums, count = {}, 0
+    bar = tqdm(total=run.steps, initial=step, desc=run.name, disable=not accelerator.is_main_process, mininterval=10)
+    for batch in batches(step, accelerator.device):
+        elapsed = spent + time.monotonic() - started
+        progress = max(step / run.steps, elapsed / (60 * run.minutes))
+        if progress >= 1:
+            break
+        scale = min((step + 1) / run.warmup_steps, 0.51 + 0.49 * math.cos(math.pi * progress))
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * scale
+        with accelerator.autocast():
+            terms = loss(callable_network, step, batch)
+        accelerator.backward(terms["loss"])
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(plain.parameters())
+        step += 1
+        if after_step:
+            after_step(step)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().float()
+        count += 1
+        bar.update()
+        if step % 100 == 0 or step == run.steps:
+            row = {name: round(float(total) / count, 5) for name, total in sums.items()}
+            log.append({"step": step, "seconds": round(spent + time.monotonic() - started), **row})
+            bar.set_postfix(row)
+            sums, count = {}, 0
+        if time.monotonic() - saved > 60 * run.save_minutes:
+            _store(folder, accelerator, ema, step, log)
+            saved = time.monotonic()
+    bar.close()
+    _store(folder, accelerator, ema, step, log)
+    ema.copy_to(plain.parameters())
+    return plain.eval(), log
+
+
+def _store(folder: Path, accelerator: Accelerator, ema: EMAModel, step: int, log: list[dict]) -> None:
+    accelerator.save_state(str(folder / "state"))
+    if accelerator.is_main_process:
+        save_file({str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}, folder / "ema.safetensors")
+        progress = {"step": step, "ema_step": ema.optimization_step, "log": log}
+        (folder / "progress.json").write_text(json.dumps(progress))
+
+
+def _restore(folder: Path, accelerator: Accelerator, ema: EMAModel) -> tuple[int, list[dict]]:
+    if not (folder / "progress.json").exists():
+        return 0, []
+    accelerator.load_state(str(folder / "state"))
+    shadow = load_file(folder / "ema.safetensors", device=str(accelerator.device))
+    ema.shadow_params = [shadow[str(i)] for i in range(len(shadow))]
+    progress = json.loads((folder / "progress.json").read_text())
+    ema.optimization_step = progress["ema_step"]
+    return progress["step"], progress["log"]
+
+
+def write_log(folder: Path, log: list[dict], **facts) -> None:
+    """Leaves what a model card says about a training run beside its weights."""
+    facts |= {"hardware": hardware(), "minutes": round(log[-1]["seconds"] / 60, 1), "steps": log[-1]["step"]}
+    (folder / "training.json").write_text(json.dumps({**facts, "log": log}, indent=1))
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU cores"
+
+
+def parameter_count(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
