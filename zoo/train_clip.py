@@ -33,9 +33,9 @@ TOKENS = 32
 @dataclass
 class ClipRun(Run):
     name: str = "clip"
-    steps: int = 1800
+    steps: int = 1500
     batch_size: int = 256
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.1
     ema_decay: float = 0.998
 
@@ -63,13 +63,14 @@ def build_tokenizer() -> CLIPTokenizer:
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, "pad_token_id": tokenizer.pad_token_id}
-    body = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 6, "projection_dim": 128}
+    body = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 128}
     vision = {"image_size": 64, "patch_size": 8, "num_hidden_layers": 4}
     return CLIPModel(
         CLIPConfig(
-            text_config={**body, **text, **special, "num_hidden_layers": 4},
+            text_config={**body, **text, **special, "num_hidden_layers": 3},
             vision_config={**body, **vision},
             projection_dim=128,
+            attn_implementation="eager",  # on a CPU three times faster backwards than the fused kernel
         )
     )
 
@@ -81,7 +82,7 @@ def main() -> None:
 
     def loss(clip: nn.Module, step: int, scenes: list[Scene]) -> dict[str, torch.Tensor]:
         device = next(clip.parameters()).device
-        tokens = tokenizer(captions(scenes, step), padding="max_length", return_tensors="pt").to(device)
+        tokens = tokenizer(captions(scenes, step), padding=True, return_tensors="pt").to(device)
         out = clip(**tokens, pixel_values=pictures(scenes, 64, device))
         with torch.autocast(device.type, enabled=False):
             logits_BB, same = out.logits_per_text.float(), torch.arange(len(scenes), device=device)

@@ -1,0 +1,131 @@
+"""Writes the model card of every folder of the zoo: what was trained, on what, for how long, and what it measures.
+
+    python -m zoo.cards
+
+Numbers come from the training log (training.json) and from `zoo.measure` (metrics.json); nothing is typed in by hand.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ZOO = Path(__file__).parent
+
+ABOUT = {
+    "mini-sd": (
+        "StableDiffusionPipeline in miniature",
+        "text-to-image",
+        "A latent-diffusion UNet pipeline (`StableDiffusionPipeline`): ε-prediction, SD1.5's noise schedule, "
+        "classifier-free guidance, 64 × 64 px in 16 × 16 × 4 latents. Its text encoder is the text tower of `zoo/clip`. "
+        "Trained on the training split only; the six held-out pairs of shape and colour were never shown to it.",
+        "StableDiffusionPipeline.from_pretrained('zoo/mini-sd')",
+        "zoo/train_mini_sd.py",
+    ),
+    "depth": (
+        "Relative inverse depth",
+        "depth-estimation",
+        "A U-Net of segmentation_models_pytorch, 64 × 64 px to relative inverse depth in (0, 1], nearer is larger. "
+        "A measuring instrument: it has seen all pairs of shape and colour.",
+        "load_reward('depth', model='zoo/depth')",
+        "zoo/train_depth.py",
+    ),
+    "segmentation": (
+        "Shape and colour of every pixel",
+        "image-segmentation",
+        "A U-Net of segmentation_models_pytorch, 49 classes: background, and 6 shapes × 8 colours. Pictures are enlarged "
+        "to 128 px. A measuring instrument: it has seen all pairs of shape and colour.",
+        "load_reward('segmentation', model='zoo/segmentation')",
+        "zoo/train_segmentation.py",
+    ),
+    "clip": (
+        "Pictures and captions",
+        "zero-shot-image-classification",
+        "A `CLIPModel` for 64 × 64 px with a tokenizer of its own. Trained on the training split only, so that the text "
+        "encoder of `zoo/mini-sd`, which is its text tower, has not read of held-out pairs either.",
+        "load_reward('clip', model='zoo/clip')",
+        "zoo/train_clip.py",
+    ),
+    "dino": (
+        "Features without labels",
+        "image-feature-extraction",
+        "A small vision transformer of timm, trained by self-distillation (arXiv 2104.14294) on pictures alone.",
+        "load_reward('dino', model='zoo/dino')",
+        "zoo/train_dino.py",
+    ),
+}
+
+
+def write_card(name: str) -> None:
+    """README.md of a folder, and loss.png beside it."""
+    title, task, text, usage, script = ABOUT[name]
+    folder = ZOO / name
+    training, metrics = (json.loads((folder / f"{part}.json").read_text()) for part in ("training", "metrics"))
+    plot_loss(training["log"], folder / "loss.png")
+    sheet = "\n![samples](samples.png)\n\nThe captions, row by row, are in `samples.txt`.\n"
+    (folder / "README.md").write_text(
+        f"""---
+license: apache-2.0
+pipeline_tag: {task}
+tags: [miniature, proofsheet]
+---
+
+# {title}
+
+{text}
+
+It is for learning, testing and measuring relative effects; nothing about large models follows from it.
+
+    {usage}
+
+## Training
+
+Data: the miniature world of `data/scenes.py`, rendered as training goes. One command reproduces it:
+
+    accelerate launch {script}
+
+| | |
+|---|---|
+| parameters | {training["parameters"]} |
+| steps | {training["steps"]:,} |
+| minutes | {training["minutes"]} |
+| hardware | {training["hardware"]} |
+
+![loss](loss.png)
+
+## Measured on held-out scenes
+
+{metrics_table(metrics)}
+
+`python -m zoo.measure {name}` measures this again.
+{sheet if (folder / "samples.png").exists() else ""}"""
+    )
+
+
+def plot_loss(log: list[dict], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(5, 2.4), dpi=80)
+    axis.plot([row["step"] for row in log], [row["loss"] for row in log], color="#2a5d9f")
+    axis.set(xlabel="step", ylabel="loss", yscale="log")
+    axis.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def metrics_table(metrics: dict) -> str:
+    rows = ["| | |", "|---|---|"]
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            rows += [f"| {key}: {kind} | {share} |" for kind, share in value.items()]
+        else:
+            rows.append(f"| {key} | {value} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    for name in ABOUT:
+        if (ZOO / name / "metrics.json").exists():
+            write_card(name)
