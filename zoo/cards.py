@@ -20,8 +20,9 @@ ABOUT = {
         "StableDiffusionPipeline in miniature",
         "text-to-image",
         "A latent-diffusion UNet pipeline (`StableDiffusionPipeline`): ε-prediction, SD1.5's noise schedule, "
-        "classifier-free guidance, 64 × 64 px in 16 × 16 × 4 latents. Its text encoder is the text tower of `zoo/clip`. "
-        "Trained on the training split only; the six held-out pairs of shape and colour were never shown to it.",
+        "classifier-free guidance, 64 × 64 px in 16 × 16 × 4 latents. Its text encoder "
+        "starts from the text tower of `zoo/clip`. Trained on the training split only; the six held-out pairs of "
+        "shape and colour were never shown to it.",
         "StableDiffusionPipeline.from_pretrained('zoo/mini-sd')",
         "zoo/train_mini_sd.py",
     ),
@@ -36,16 +37,16 @@ ABOUT = {
     "segmentation": (
         "Shape and colour of every pixel",
         "image-segmentation",
-        "A U-Net of segmentation_models_pytorch, 49 classes: background, and 6 shapes × 8 colours. Pictures are enlarged "
-        "to 128 px. A measuring instrument: it has seen all pairs of shape and colour.",
+        "A U-Net of segmentation_models_pytorch, 49 classes: background, and 6 shapes × 8 colours. Pictures are "
+        "enlarged to 128 px. A measuring instrument: it has seen all pairs of shape and colour.",
         "load_reward('segmentation', model='zoo/segmentation')",
         "zoo/train_segmentation.py",
     ),
     "clip": (
         "Pictures and captions",
         "zero-shot-image-classification",
-        "A `CLIPModel` for 64 × 64 px with a tokenizer of its own. Trained on the training split only, so that the text "
-        "encoder of `zoo/mini-sd`, which is its text tower, has not read of held-out pairs either.",
+        "A `CLIPModel` for 64 × 64 px with a tokenizer of its own. Trained on the training split only, so that the "
+        "text encoder of `zoo/mini-sd`, which starts from its text tower, has not read of held-out pairs either.",
         "load_reward('clip', model='zoo/clip')",
         "zoo/train_clip.py",
     ),

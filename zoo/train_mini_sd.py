@@ -3,8 +3,9 @@
     accelerate launch zoo/train_mini_sd.py                                     # 2 CPU cores: 60 minutes
     accelerate launch zoo/train_mini_sd.py --steps 60000 --batch_size 512 --pool 400000      # GPU
 
-Needs the results of `zoo/train_clip.py` (text encoder) and `zoo/train_mini_sd_vae.py`. The latents of a pool of
-training scenes are computed once; every step draws new captions for its scenes.
+Needs the results of `zoo/train_mini_sd_vae.py` and `zoo/train_clip.py`, whose text tower is the text encoder to start
+from; it is trained further with the UNet. The latents of a pool of training scenes are computed once; every step draws
+new captions for its scenes.
 """
 
 import sys
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -37,24 +39,34 @@ class MiniSdRun(Run):
     batch_size: int = 64
     learning_rate: float = 8e-4
     ema_decay: float = 0.9985
-    pool: int = 50_000
+    pool: int = 40_000
     caption_dropout: float = 0.1
     snr_gamma: float = 5.0
 
 
-def build_unet(text_width: int) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(96, 192, 256),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=text_width,
-        attention_head_dim=32,
-        norm_num_groups=16,
-    )
+class Denoiser(nn.Module):
+    """The two networks that are trained: ε from a noisy latent, a time and a caption."""
+
+    def __init__(self, text_encoder: CLIPTextModel):
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = UNet2DConditionModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(96, 128, 128),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=text_encoder.config.hidden_size,
+            attention_head_dim=32,
+            norm_num_groups=16,
+        )
+        self.unet.set_attn_processor(AttnProcessor())  # on a CPU faster backwards than the fused kernel
+
+    def forward(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, tokens_BL: torch.Tensor) -> torch.Tensor:
+        context_BLD = self.text_encoder(tokens_BL).last_hidden_state
+        return self.unet(x_BCHW, t_B, context_BLD, return_dict=False)[0].float()
 
 
 @torch.no_grad()
@@ -69,7 +81,7 @@ def latent_pool(vae: AutoencoderKL, folder: Path, count: int) -> torch.Tensor:
         scenes = [Scene.random(i) for i in range(first, min(first + size, count))]
         with torch.autocast(vae.device.type, torch.bfloat16):
             chunks.append(vae.encode(pictures(scenes, 64, vae.device)).latent_dist.mode().half().cpu())
-    latents = torch.cat(chunks) * vae.config.scaling_factor
+    latents = (torch.cat(chunks) * vae.config.scaling_factor).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"latents": latents}, path)
     return latents
@@ -92,34 +104,35 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = AutoencoderKL.from_pretrained(RUNS / "mini-sd-vae" / "vae").to(device, memory_format=torch.channels_last)
     tokenizer = CLIPTokenizer.from_pretrained(ZOO / "clip")
-    text_encoder = CLIPTextModel.from_pretrained(ZOO / "clip", dtype=torch.float32).to(device).eval()
+    text_encoder = CLIPTextModel.from_pretrained(ZOO / "clip", dtype=torch.float32, attn_implementation="eager")
     schedule = DDPMScheduler(num_train_timesteps=1000, **NOISE_SCHEDULE)
     latents = latent_pool(vae, RUNS / run.name, run.pool)
-    unet = build_unet(text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
+    denoiser = Denoiser(text_encoder).to(memory_format=torch.channels_last)
 
-    def loss(unet: nn.Module, step: int, batch: tuple[list[Scene], torch.Tensor]) -> dict[str, torch.Tensor]:
+    def loss(denoiser: nn.Module, step: int, batch: tuple[list[Scene], torch.Tensor]) -> dict[str, torch.Tensor]:
         scenes, x0 = batch[0], batch[1].to(device).float()
         draw = torch.Generator().manual_seed(step)
         kept = torch.rand(len(scenes), generator=draw) >= run.caption_dropout
         words = [text if keep else "" for text, keep in zip(captions(scenes, step), kept, strict=True)]
-        with torch.no_grad():
-            tokens = tokenizer(words, padding="max_length", return_tensors="pt").to(device)
-            context = text_encoder(**tokens).last_hidden_state
+        tokens = tokenizer(words, padding="max_length", return_tensors="pt").input_ids.to(device)
         strata = (torch.randperm(len(scenes), generator=draw) + torch.rand(len(scenes), generator=draw)) / len(scenes)
         t = (strata * schedule.config.num_train_timesteps).long().to(device)
         noise = torch.randn(x0.shape, generator=draw).to(device)
-        predicted = unet(schedule.add_noise(x0, noise, t), t, context, return_dict=False)[0].float()
+        predicted = denoiser(schedule.add_noise(x0, noise, t), t, tokens)
         error_B = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
         snr_B = compute_snr(schedule, t)
         return {"loss": (error_B * (run.snr_gamma / snr_B).clamp(max=1)).mean(), "mse": error_B.mean()}
 
-    unet, log = fit(unet, run, loss, lambda first, device: pool_batches(latents, run, first))
-    assemble(unet.to("cpu", memory_format=torch.contiguous_format), vae.cpu(), text_encoder.cpu(), tokenizer)
-    write_log(ZOO / "mini-sd", log, parameters=parameter_count(unet))
+    denoiser, log = fit(denoiser, run, loss, lambda first, device: pool_batches(latents, run, first))
+    denoiser.to("cpu", memory_format=torch.contiguous_format)
+    assemble(denoiser.unet, vae.cpu(), denoiser.text_encoder, tokenizer)
+    write_log(ZOO / "mini-sd", log, parameters=f"{parameter_count(denoiser.unet)} UNet")
 
 
 def assemble(unet, vae, text_encoder, tokenizer) -> None:
     """Writes zoo/mini-sd, in bf16."""
+    unet.set_attn_processor(AttnProcessor2_0())
+    text_encoder.config._attn_implementation = "sdpa"
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **NOISE_SCHEDULE)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False

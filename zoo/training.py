@@ -89,26 +89,20 @@ def fit(
     run: Run,
     loss: Callable[[nn.Module, int, Any], dict[str, torch.Tensor]],
     batches: Callable[[int, torch.device], Iterable],
-    after_step: Callable[[int], None] | None = None,
-    parameters: list[nn.Parameter] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    after_step: Callable[[nn.Module, int], None] | None = None,
 ) -> tuple[nn.Module, list[dict]]:
     """Trains a network and returns it with the averaged weights in place, and the log.
 
     Args:
         loss: `loss(network, step, batch)` gives named terms, of which "loss" is minimised.
         batches: `batches(first_step, device)` iterates over batches from that step on.
-        after_step: called with the step's number after the update, for teachers that follow the network.
-        optimizer: AdamW over `parameters` where None.
+        after_step: `after_step(network, step)` is called after an update, for teachers that follow the network.
     """
     accelerator = Accelerator(mixed_precision="bf16", log_with=None)
     folder = RUNS / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = parameters or [p for p in network.parameters() if p.requires_grad]
-    optimizer = optimizer or torch.optim.AdamW(
-        parameters, run.learning_rate, betas=(0.9, 0.99), weight_decay=run.weight_decay
-    )
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, run.learning_rate, betas=(0.9, 0.99), weight_decay=run.weight_decay)
     network, optimizer = accelerator.prepare(network, optimizer)
     plain = accelerator.unwrap_model(network)
     ema = EMAModel(plain.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75)
@@ -127,8 +121,7 @@ def fit(
         if progress >= 1:
             break
         scale = min((step + 1) / run.warmup_steps, 0.51 + 0.49 * math.cos(math.pi * progress))
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * scale
+        optimizer.param_groups[0]["lr"] = run.learning_rate * scale
         with accelerator.autocast():
             terms = loss(callable_network, step, batch)
         accelerator.backward(terms["loss"])
@@ -138,23 +131,29 @@ def fit(
         ema.step(plain.parameters())
         step += 1
         if after_step:
-            after_step(step)
+            after_step(plain, step)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.detach().float()
         count += 1
         bar.update()
-        if step % 100 == 0 or step == run.steps:
-            row = {name: round(float(total) / count, 5) for name, total in sums.items()}
-            log.append({"step": step, "seconds": round(spent + time.monotonic() - started), **row})
-            bar.set_postfix(row)
+        if step % 100 == 0:
+            log.append(_row(step, spent + time.monotonic() - started, sums, count))
+            bar.set_postfix(log[-1])
             sums, count = {}, 0
         if time.monotonic() - saved > 60 * run.save_minutes:
             _store(folder, accelerator, ema, step, log)
             saved = time.monotonic()
     bar.close()
+    if count:
+        log.append(_row(step, spent + time.monotonic() - started, sums, count))
     _store(folder, accelerator, ema, step, log)
     ema.copy_to(plain.parameters())
     return plain.eval(), log
+
+
+def _row(step: int, seconds: float, sums: dict[str, torch.Tensor], count: int) -> dict:
+    """A line of the log: means since the last one."""
+    return {"step": step, "seconds": round(seconds), **{k: round(float(v) / count, 5) for k, v in sums.items()}}
 
 
 def _store(folder: Path, accelerator: Accelerator, ema: EMAModel, step: int, log: list[dict]) -> None:
