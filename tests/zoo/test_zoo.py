@@ -1,0 +1,99 @@
+"""The landed models load as any other model does, and still measure what their cards say."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from zoo import measure
+from zoo.measure import ZOO, held_out
+
+FOLDERS = ("mini-sd", "depth", "segmentation", "clip", "dino")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return measure.load_pipeline()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_are_complete_and_hold_no_pickles(name):
+    folder = ZOO / name
+    card = (folder / "README.md").read_text()
+    for fact in ("training", "metrics"):
+        assert json.loads((folder / f"{fact}.json").read_text())
+    assert "| minutes |" in card and "| hardware |" in card and "zoo/train_" in card
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+
+
+def test_the_zoo_stays_small():
+    weights = sum(path.stat().st_size for path in ZOO.rglob("*.safetensors"))
+    assert weights < 40e6
+
+
+def test_the_card_says_what_was_measured():
+    for name in FOLDERS:
+        metrics = json.loads((ZOO / name / "metrics.json").read_text())
+        card = (ZOO / name / "README.md").read_text()
+        for key, value in metrics.items():
+            if not isinstance(value, dict):
+                assert f"| {key} | {value} |" in card
+
+
+def test_pictures_depend_on_their_seed_alone(pipeline):
+    words = [claim.text for claim in held_out(3)[1]]
+
+    def draw(rows):
+        return pipeline(
+            [words[i] for i in rows],
+            generator=[torch.Generator().manual_seed(i) for i in rows],
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            output_type="pt",
+        ).images
+
+    together = draw([0, 1, 2])
+    for i in range(3):
+        torch.testing.assert_close(draw([i])[0], together[i], atol=2e-3, rtol=0)
+    assert (together[0] - together[1]).abs().mean() > 0.02
+
+
+def test_the_pipeline_loads_in_half_precision_and_follows_guidance():
+    pipe = StableDiffusionPipeline.from_pretrained(ZOO / "mini-sd", dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = [
+        pipe("a red ball", num_inference_steps=3, guidance_scale=g, generator=torch.Generator().manual_seed(0)).images[
+            0
+        ]
+        for g in (1.0, 5.0)
+    ]
+    assert pictures[0].size == (64, 64) and pictures[0] != pictures[1]
+
+
+def test_autoencoder(pipeline):
+    card = json.loads((ZOO / "mini-sd" / "metrics.json").read_text())
+    assert measure.vae_psnr(pipeline.vae, held_out(50)[0]) > card["vae_psnr"] - 1
+
+
+def test_depth():
+    assert measure.measure_depth(200)["delta_1.25"] > 0.97
+
+
+def test_segmentation():
+    metrics = measure.measure_segmentation(200)
+    assert metrics["check"]["questions"] > 0.96
+    assert metrics["pixel_accuracy"] > 0.98
+
+
+def test_clip():
+    card = json.loads((ZOO / "clip" / "metrics.json").read_text())
+    assert measure.measure_clip(sets=4)["text_to_image_top1"] > card["text_to_image_top1"] - 0.07
+
+
+@pytest.mark.slow
+def test_dino():
+    card = json.loads((ZOO / "dino" / "metrics.json").read_text())
+    metrics = measure.measure_dino(3000, 500)
+    assert metrics["probe_shape"] > card["probe_shape"] - 0.08
+    assert metrics["probe_colour"] > card["probe_colour"] - 0.08
