@@ -1,0 +1,82 @@
+"""The config of `data.build`, on one screen."""
+
+import json
+from dataclasses import dataclass, field
+
+PUBLISHED_SCHEDULER = "DPMSolverMultistepScheduler"
+PUBLISHED_SCHEDULER_KWARGS = {
+    "algorithm_type": "dpmsolver",
+    "solver_order": 2,
+    "final_sigmas_type": "sigma_min",
+    "timestep_spacing": "linspace",
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class BuildConfig:
+    """Every knob of a build. Row number i is prompt i // seeds_per_prompt with seed first_seed + i."""
+
+    model: str = field(metadata={"help": "teacher pipeline: hub id or local folder"})
+    output_dir: str = field(metadata={"help": "folder of the dataset"})
+    # Rows
+    prompts: str = field(
+        default="scenes:train",
+        metadata={"help": "scenes:SPLIT, a text file, a .parquet, .json or .csv, a dataset folder or hub id"},
+    )
+    prompt_column: str = field(default="text", metadata={"help": "column of the prompts in a table or dataset"})
+    prompt_split: str = field(default="train", metadata={"help": "split of a dataset"})
+    num_prompts: int | None = field(default=None, metadata={"help": "distinct prompts to use; all by default"})
+    seeds_per_prompt: int = field(default=1, metadata={"help": "rows of a prompt, each with a seed of its own"})
+    first_seed: int = field(default=0, metadata={"help": "seed of the first row"})
+    guidance_scale: list[float] = field(default_factory=lambda: [7.5], metadata={"help": "cycled over the rows"})
+    guidance_range: list[float] | None = field(
+        default=None, metadata={"help": "low and high, in place of guidance_scale: drawn for each row, in tenths"}
+    )
+    # Teacher
+    scheduler: str = field(default=PUBLISHED_SCHEDULER, metadata={"help": "diffusers class of its solver"})
+    scheduler_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "changes to the solver's config, a mapping or JSON"}
+    )
+    num_inference_steps: int = field(default=40, metadata={"help": "steps of the solver"})
+    height: int | None = field(default=None, metadata={"help": "in pixels; the pipeline's own by default"})
+    width: int | None = field(default=None, metadata={"help": "in pixels; the pipeline's own by default"})
+    dtype: str = field(default="float32", metadata={"help": f"{', '.join(DTYPES)}; the VAE stays in float32"})
+    rewards: list[str] = field(default_factory=list, metadata={"help": "rewards whose features are cached"})
+    reward_models: list[str] = field(
+        default_factory=list, metadata={"help": "hub id or folder for each reward; null is the published one"}
+    )
+    # Work
+    batch_size: int = field(default=16, metadata={"help": "rows of one guidance scale rendered together"})
+    shard_size: int = field(default=256, metadata={"help": "rows of a shard: what an interruption may cost"})
+
+    def __post_init__(self):
+        if isinstance(self.scheduler_kwargs, str):
+            self.scheduler_kwargs = json.loads(self.scheduler_kwargs)
+        if self.scheduler_kwargs is None:
+            self.scheduler_kwargs = PUBLISHED_SCHEDULER_KWARGS if self.scheduler == PUBLISHED_SCHEDULER else {}
+        self.model = self.model.rstrip("/")
+        models = self.reward_models or [None] * len(self.rewards)
+        self.reward_models = [None if model == "null" else model for model in models]  # "null": from the command line
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("seeds_per_prompt", "num_inference_steps", "batch_size", "shard_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}.")
+        if not _are_numbers(self.guidance_scale) or not self.guidance_scale:
+            raise ValueError(f"guidance_scale={self.guidance_scale!r}: expected a list of numbers.")
+        span = self.guidance_range
+        if span is not None and not (_are_numbers(span) and len(span) == 2 and span[0] < span[1]):
+            raise ValueError(f"guidance_range={span!r}: expected two numbers, the lower one first.")
+        if not isinstance(self.scheduler_kwargs, dict):
+            raise ValueError(f"scheduler_kwargs={self.scheduler_kwargs!r}: expected a mapping.")
+        if len(self.reward_models) != len(self.rewards):
+            raise ValueError(f"reward_models={self.reward_models!r}: expected one for each of {self.rewards!r}.")
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
