@@ -2,6 +2,7 @@
 
     accelerate launch zoo/train_mini_sd.py                                     # 2 CPU cores: 60 minutes
     accelerate launch zoo/train_mini_sd.py --steps 60000 --batch_size 512 --pool 400000      # GPU
+    accelerate launch zoo/train_mini_sd.py --start zoo/mini-sd --name mini-sd-2             # goes on from it
 
 Needs the results of `zoo/train_mini_sd_vae.py` and `zoo/train_clip.py`, whose text tower is the text encoder to start
 from; it is trained further with the UNet. The latents of a pool of training scenes are computed once; every step draws
@@ -40,6 +41,7 @@ class MiniSdRun(Run):
     learning_rate: float = 8e-4
     ema_decay: float = 0.9985
     pool: int = 40_000
+    start: str | None = None  # pipeline folder to go on from; else the results of the two scripts before this one
     caption_dropout: float = 0.1
     snr_gamma: float = 5.0
 
@@ -102,12 +104,20 @@ def main() -> None:
     (run,) = TrlParser((MiniSdRun,)).parse_args_and_config()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = AutoencoderKL.from_pretrained(RUNS / "mini-sd-vae" / "vae").to(device, memory_format=torch.channels_last)
-    tokenizer = CLIPTokenizer.from_pretrained(ZOO / "clip")
-    text_encoder = CLIPTextModel.from_pretrained(ZOO / "clip", dtype=torch.float32, attn_implementation="eager")
+    start = Path(run.start) if run.start else None
+    vae = AutoencoderKL.from_pretrained(start / "vae" if start else RUNS / "mini-sd-vae" / "vae", dtype=torch.float32)
+    vae.to(device, memory_format=torch.channels_last)
+    tokenizer = CLIPTokenizer.from_pretrained(start / "tokenizer" if start else ZOO / "clip")
+    text_encoder = CLIPTextModel.from_pretrained(
+        start / "text_encoder" if start else ZOO / "clip", dtype=torch.float32, attn_implementation="eager"
+    )
     schedule = DDPMScheduler(num_train_timesteps=1000, **NOISE_SCHEDULE)
     latents = latent_pool(vae, RUNS / run.name, run.pool)
-    denoiser = Denoiser(text_encoder).to(memory_format=torch.channels_last)
+    denoiser = Denoiser(text_encoder)
+    if start:
+        unet = UNet2DConditionModel.from_pretrained(start / "unet", dtype=torch.float32)
+        denoiser.unet.load_state_dict(unet.state_dict())
+    denoiser.to(memory_format=torch.channels_last)
 
     def loss(denoiser: nn.Module, step: int, batch: tuple[list[Scene], torch.Tensor]) -> dict[str, torch.Tensor]:
         scenes, x0 = batch[0], batch[1].to(device).float()

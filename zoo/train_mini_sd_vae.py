@@ -2,8 +2,10 @@
 
     accelerate launch zoo/train_mini_sd_vae.py                                       # 2 CPU cores: 14 minutes
     accelerate launch zoo/train_mini_sd_vae.py --steps 20000 --batch_size 256        # GPU
+    accelerate launch zoo/train_mini_sd_vae.py --start zoo/mini-sd/vae --name mini-sd-decoder    # the decoder alone
 
-`zoo/train_mini_sd.py` goes on from the result.
+`zoo/train_mini_sd.py` goes on from the result. With `--start` the encoder stays as it is, and so do the latents that
+a denoiser has been trained on; the better decoder is written back to where it came from.
 """
 
 import sys
@@ -18,6 +20,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from trl import TrlParser
 
+from data.scenes import Scene
 from zoo.training import RUNS, Run, fit, parameter_count, pictures, scene_batches, write_log
 
 
@@ -28,6 +31,7 @@ class VaeRun(Run):
     batch_size: int = 16
     learning_rate: float = 1.5e-3
     ema_decay: float = 0.998
+    start: str | None = None  # autoencoder whose decoder to train further
 
 
 class Reconstruction(nn.Module):
@@ -59,23 +63,29 @@ def build_vae(latent_channels: int = 4) -> AutoencoderKL:
 def main() -> None:
     (run,) = TrlParser((VaeRun,)).parse_args_and_config()
     torch.manual_seed(0)
-    network = Reconstruction(build_vae()).to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(run.start, dtype=torch.float32) if run.start else build_vae()
+    if run.start:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    network = Reconstruction(vae).to(memory_format=torch.channels_last)
 
     def loss(network, step, scenes):
         return network(pictures(scenes, 64, next(network.parameters()).device))
 
     _, log = fit(network, run, loss, lambda first, device: scene_batches(run, first, device))
-    vae, folder = network.vae, RUNS / run.name
+    vae.to(memory_format=torch.contiguous_format)
+    if run.start:
+        vae.to(torch.bfloat16).save_pretrained(run.start)
+        return
     vae.register_to_config(scaling_factor=round(1 / latent_std(vae), 5))
-    vae.to(memory_format=torch.contiguous_format).save_pretrained(folder / "vae")
+    folder = RUNS / run.name
+    vae.save_pretrained(folder / "vae")
     write_log(folder, log, parameters=parameter_count(vae))
 
 
 @torch.no_grad()
 def latent_std(vae: AutoencoderKL) -> float:
     """Standard deviation of the latents of 512 training scenes."""
-    from data.scenes import Scene
-
     x_BCHW = pictures([Scene.random(i) for i in range(512)], 64, vae.device)
     return float(torch.cat([vae.encode(x).latent_dist.mode() for x in x_BCHW.split(32)]).std())
 

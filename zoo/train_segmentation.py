@@ -4,7 +4,7 @@
     accelerate launch zoo/train_segmentation.py --steps 10000 --batch_size 256       # GPU
 
 It is a measuring instrument, so it sees all pairs of shape and colour, also those that generators are not trained on.
-Pictures of 64 px are enlarged to 128 px first: the network's finest features have half the resolution of its input.
+Pictures of 64 px are enlarged to 96 px first: the network's finest features have half the resolution of its input.
 """
 
 import sys
@@ -23,7 +23,7 @@ from trl import TrlParser
 from data.scenes import NUM_CLASSES, Scene, render_batch
 from zoo.training import ZOO, Run, fit, parameter_count, scene_batches, write_log
 
-SIDE = 128
+SIDE = 96
 
 
 @dataclass
@@ -41,7 +41,7 @@ def build_unet(classes: int) -> nn.Module:
         "tu-resnet10t",
         encoder_depth=4,
         encoder_weights=None,
-        decoder_channels=(128, 64, 48, 32),
+        decoder_channels=(96, 64, 32, 24),
         in_channels=3,
         classes=classes,
     )
@@ -72,22 +72,17 @@ def loss(network: nn.Module, step: int, scenes: list[Scene]) -> dict[str, torch.
     device = next(network.parameters()).device
     small = render_batch(scenes, 64, device)
     truth_BHW = render_batch(scenes, SIDE, device).segmentation
-    logits_BKHW = network(augment(prepare(small.image, SIDE))).float()
-    cross_entropy = F.cross_entropy(logits_BKHW, truth_BHW)
-    return {
-        "loss": cross_entropy + 0.5 * dice_loss(logits_BKHW, truth_BHW),
-        "cross_entropy": cross_entropy,
-        "accuracy": (logits_BKHW.argmax(1) == truth_BHW).float().mean(),
-    }
+    log_p_BKHW = network(augment(prepare(small.image, SIDE))).float().log_softmax(1)
+    log_p_true_BHW = log_p_BKHW.gather(1, truth_BHW[:, None])[:, 0]
+    cross_entropy = -log_p_true_BHW.mean()
+    dice = dice_loss(log_p_true_BHW.exp(), log_p_BKHW[:, 0].exp(), truth_BHW > 0)
+    return {"loss": cross_entropy + 0.5 * dice, "cross_entropy": cross_entropy}
 
 
-def dice_loss(logits_BKHW: torch.Tensor, truth_BHW: torch.Tensor) -> torch.Tensor:
-    """One minus the Dice coefficient of "some solid" against background and of each true class, over the batch."""
-    p_BKHW = logits_BKHW.softmax(1)
-    p_true_BHW = p_BKHW.gather(1, truth_BHW[:, None])[:, 0]
-    there_BHW = (truth_BHW > 0).float()
-    predicted = 1 - p_BKHW[:, 0]
-    return 1 - 2 * (p_true_BHW * there_BHW).sum() / (predicted.sum() + there_BHW.sum() + 1)
+def dice_loss(p_true_BHW: torch.Tensor, p_background_BHW: torch.Tensor, solid_BHW: torch.Tensor) -> torch.Tensor:
+    """One minus the Dice coefficient of the right solid in its place, over the batch."""
+    solid_BHW = solid_BHW.float()
+    return 1 - 2 * (p_true_BHW * solid_BHW).sum() / ((1 - p_background_BHW).sum() + solid_BHW.sum() + 1)
 
 
 def main() -> None:

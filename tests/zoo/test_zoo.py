@@ -71,29 +71,30 @@ def test_the_pipeline_loads_in_half_precision_and_follows_guidance():
     assert pictures[0].size == (64, 64) and pictures[0] != pictures[1]
 
 
+def card(name):
+    return json.loads((ZOO / name / "metrics.json").read_text())
+
+
 def test_autoencoder(pipeline):
-    card = json.loads((ZOO / "mini-sd" / "metrics.json").read_text())
-    assert measure.vae_psnr(pipeline.vae, held_out(50)[0]) > card["vae_psnr"] - 1
+    assert measure.vae_psnr(pipeline.vae, held_out(50)[0]) > card("mini-sd")["vae_psnr"] - 1
 
 
 def test_depth():
-    assert measure.measure_depth(200)["delta_1.25"] > 0.97
+    assert measure.measure_depth(200)["delta_1.25"] > card("depth")["delta_1.25"] - 0.01
 
 
 def test_segmentation():
-    metrics = measure.measure_segmentation(200)
-    assert metrics["check"]["questions"] > 0.96
-    assert metrics["pixel_accuracy"] > 0.98
+    metrics, landed = measure.measure_segmentation(200), card("segmentation")
+    assert metrics["check"]["questions"] > landed["check"]["questions"] - 0.03
+    assert metrics["pixel_accuracy"] > landed["pixel_accuracy"] - 0.005
 
 
 def test_clip():
-    card = json.loads((ZOO / "clip" / "metrics.json").read_text())
-    assert measure.measure_clip(sets=4)["text_to_image_top1"] > card["text_to_image_top1"] - 0.07
+    assert measure.measure_clip(sets=4)["text_to_image_top1"] > card("clip")["text_to_image_top1"] - 0.07
 
 
 @pytest.mark.slow
 def test_dino():
-    card = json.loads((ZOO / "dino" / "metrics.json").read_text())
-    metrics = measure.measure_dino(3000, 500)
-    assert metrics["probe_shape"] > card["probe_shape"] - 0.08
-    assert metrics["probe_colour"] > card["probe_colour"] - 0.08
+    metrics, landed = measure.measure_dino(3000, 500), card("dino")
+    assert metrics["probe_shape"] > landed["probe_shape"] - 0.08
+    assert metrics["probe_colour"] > landed["probe_colour"] - 0.08
