@@ -37,8 +37,8 @@ ABOUT = {
     "segmentation": (
         "Shape and colour of every pixel",
         "image-segmentation",
-        "A U-Net of segmentation_models_pytorch, 49 classes: background, and 6 shapes × 8 colours. Pictures are "
-        "enlarged to 96 px. A measuring instrument: it has seen all pairs of shape and colour.",
+        "A U-Net of segmentation_models_pytorch, 49 classes: background, and 6 shapes × 8 colours. A measuring "
+        "instrument: it has seen all pairs of shape and colour.",
         "load_reward('segmentation', model='zoo/segmentation')",
         "zoo/train_segmentation.py",
     ),

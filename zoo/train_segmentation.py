@@ -4,7 +4,6 @@
     accelerate launch zoo/train_segmentation.py --steps 10000 --batch_size 256       # GPU
 
 It is a measuring instrument, so it sees all pairs of shape and colour, also those that generators are not trained on.
-Pictures of 64 px are enlarged to 96 px first: the network's finest features have half the resolution of its input.
 """
 
 import sys
@@ -23,15 +22,16 @@ from trl import TrlParser
 from data.scenes import NUM_CLASSES, Scene, render_batch
 from zoo.training import ZOO, Run, fit, parameter_count, scene_batches, write_log
 
-SIDE = 96
+SIDE = 64
+BACKGROUND_WEIGHT = 0.25
 
 
 @dataclass
 class SegmentationRun(Run):
     name: str = "segmentation"
-    steps: int = 1500
+    steps: int = 4000
     batch_size: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     ema_decay: float = 0.998
 
 
@@ -70,12 +70,13 @@ def augment(x_BCHW: torch.Tensor) -> torch.Tensor:
 
 def loss(network: nn.Module, step: int, scenes: list[Scene]) -> dict[str, torch.Tensor]:
     device = next(network.parameters()).device
-    small = render_batch(scenes, 64, device)
-    truth_BHW = render_batch(scenes, SIDE, device).segmentation
-    log_p_BKHW = network(augment(prepare(small.image, SIDE))).float().log_softmax(1)
-    log_p_true_BHW = log_p_BKHW.gather(1, truth_BHW[:, None])[:, 0]
-    cross_entropy = -log_p_true_BHW.mean()
-    dice = dice_loss(log_p_true_BHW.exp(), log_p_BKHW[:, 0].exp(), truth_BHW > 0)
+    truth = render_batch(scenes, SIDE, device)
+    log_p_BKHW = network(augment(prepare(truth.image, SIDE))).float().log_softmax(1)
+    log_p_true_BHW = log_p_BKHW.gather(1, truth.segmentation[:, None])[:, 0]
+    solid_BHW = truth.segmentation > 0
+    weight_BHW = torch.where(solid_BHW, 1.0, BACKGROUND_WEIGHT)
+    cross_entropy = -(weight_BHW * log_p_true_BHW).sum() / weight_BHW.sum()
+    dice = dice_loss(log_p_true_BHW.exp(), log_p_BKHW[:, 0].exp(), solid_BHW)
     return {"loss": cross_entropy + 0.5 * dice, "cross_entropy": cross_entropy}
 
 
