@@ -33,6 +33,7 @@ from data.scenes import (
     render_batch,
 )
 from rewards import load_reward
+from zoo.training import Scenes
 
 ZOO = Path(__file__).parent
 TEACHER_STEPS, GUIDANCE = 40, 3.0
@@ -105,10 +106,14 @@ def measure_clip(sets: int = 30, among: int = 64) -> dict:
 
 
 def measure_dino(train: int = 6000, test: int = 1500) -> dict:
-    """Linear probes of shape and of colour on frozen features of scenes with one solid; training and test scenes."""
+    """Linear probes of shape and of colour on frozen features of scenes with one solid; training and test scenes.
+
+    Those of training know all pairs, for a probe that has never seen a cyan ball learns that cyan is not a ball.
+    """
     reward = load_reward("dino", model=str(ZOO / "dino"))
-    x, targets = probe_set(reward, "train", train)
-    y, truth = probe_set(reward, "test", test)
+    known = Scenes(10**9, all_pairs=True)
+    x, targets = probe_set(reward, (known[i] for i in itertools.count()), train)
+    y, truth = probe_set(reward, (Scene.random(i, "test") for i in itertools.count()), test)
     result = {"train_scenes": train, "test_scenes": test}
     for name, classes in targets.items():
         predicted = linear_probe(x, classes, y)
@@ -116,9 +121,9 @@ def measure_dino(train: int = 6000, test: int = 1500) -> dict:
     return result
 
 
-def probe_set(reward, split: str, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    numbered = (Scene.random(i, split) for i in itertools.count())
-    scenes = list(itertools.islice((scene for scene in numbered if len(scene.solids) == 1), count))
+def probe_set(reward, scenes: Iterator[Scene], count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Features of the first scenes with one solid, and its shape and colour as numbers."""
+    scenes = list(itertools.islice((scene for scene in scenes if len(scene.solids) == 1), count))
     x = torch.cat([reward.features(images(scenes[i : i + 250])) for i in range(0, count, 250)])
     return x, {
         "shape": torch.tensor([SHAPES.index(scene.solids[0].shape) for scene in scenes]),

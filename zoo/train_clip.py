@@ -25,7 +25,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from trl import TrlParser
 
 from data.scenes import Scene, vocabulary
-from zoo.training import ZOO, Run, captions, fit, parameter_count, pictures, scene_batches, write_log
+from zoo.training import ZOO, Run, captions, fit, load_start, parameter_count, pictures, scene_batches, write_log
 
 TOKENS = 32
 
@@ -89,7 +89,8 @@ def main() -> None:
             contrast = (F.cross_entropy(logits_BB, same) + F.cross_entropy(logits_BB.T, same)) / 2
         return {"loss": contrast, "top1": (logits_BB.argmax(1) == same).float().mean()}
 
-    clip, log = fit(build_clip(tokenizer), run, loss, lambda first, device: scene_batches(run, first, device))
+    clip = load_start(build_clip(tokenizer), run)
+    clip, log = fit(clip, run, loss, lambda first, device: scene_batches(run, first, device))
     half = {"shortest_edge": 64}
     pixels = CLIPImageProcessor(size=half, crop_size=64, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     folder = ZOO / "clip"

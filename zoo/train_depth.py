@@ -16,7 +16,7 @@ from trl import TrlParser
 
 from data.scenes import Scene, render_batch
 from zoo.train_segmentation import augment, build_unet, prepare, save_unet
-from zoo.training import ZOO, Run, fit, parameter_count, scene_batches, write_log
+from zoo.training import ZOO, Run, fit, load_start, parameter_count, scene_batches, write_log
 
 SIDE = 64
 
@@ -41,7 +41,7 @@ def loss(network: nn.Module, step: int, scenes: list[Scene]) -> dict[str, torch.
 def main() -> None:
     (run,) = TrlParser((DepthRun,)).parse_args_and_config()
     torch.manual_seed(0)
-    network = build_unet(1).to(memory_format=torch.channels_last)
+    network = load_start(build_unet(1), run).to(memory_format=torch.channels_last)
     network, log = fit(network, run, loss, lambda first, device: scene_batches(run, first, device, all_pairs=True))
     folder, parameters = ZOO / "depth", parameter_count(network)
     save_unet(network.to(memory_format=torch.contiguous_format), folder, SIDE)

@@ -25,7 +25,7 @@ from torchvision.ops import roi_align
 from trl import TrlParser
 
 from data.scenes import BACKGROUNDS, Scene
-from zoo.training import ZOO, Run, fit, parameter_count, pictures, scene_batches, write_log
+from zoo.training import ZOO, Run, fit, load_start, parameter_count, pictures, scene_batches, write_log
 
 MODEL_ARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 160, "depth": 5, "num_heads": 5, "dynamic_img_size": True}
 PROTOTYPES = 1024
@@ -60,9 +60,9 @@ class Projected(nn.Module):
 class Dino(nn.Module):
     """Student, teacher and the running centre of the teacher's logits; forward is the loss on pairs of pictures."""
 
-    def __init__(self):
+    def __init__(self, student: Projected):
         super().__init__()
-        self.student = Projected()
+        self.student = student
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("centre", torch.zeros(PROTOTYPES))
 
@@ -124,7 +124,9 @@ def main() -> None:
         return scene_batches(run, first, device, all_pairs=True)
 
     timm.layers.set_fused_attn(False)  # on a CPU faster backwards than the fused kernel
-    dino, log = fit(Dino(), run, loss, batches, follow)
+    student = Projected()
+    load_start(student.vit, run)
+    dino, log = fit(Dino(student), run, loss, batches, follow)
     vit, folder = dino.student.vit.to("cpu", torch.bfloat16), ZOO / "dino"
     config = {"input_size": (3, 64, 64), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
     vit.pretrained_cfg.update(config, interpolation="bicubic", crop_mode="center", num_classes=0)

@@ -41,7 +41,6 @@ class MiniSdRun(Run):
     learning_rate: float = 8e-4
     ema_decay: float = 0.9985
     pool: int = 40_000
-    start: str | None = None  # pipeline folder to go on from; else the results of the two scripts before this one
     caption_dropout: float = 0.1
     snr_gamma: float = 5.0
 

@@ -31,7 +31,6 @@ class VaeRun(Run):
     batch_size: int = 16
     learning_rate: float = 1.5e-3
     ema_decay: float = 0.998
-    start: str | None = None  # autoencoder whose decoder to train further
 
 
 class Reconstruction(nn.Module):

@@ -20,7 +20,7 @@ from transformers import SegformerImageProcessor
 from trl import TrlParser
 
 from data.scenes import NUM_CLASSES, Scene, render_batch
-from zoo.training import ZOO, Run, fit, parameter_count, scene_batches, write_log
+from zoo.training import ZOO, Run, fit, load_start, parameter_count, scene_batches, write_log
 
 SIDE = 64
 BACKGROUND_WEIGHT = 0.25
@@ -89,7 +89,7 @@ def dice_loss(p_true_BHW: torch.Tensor, p_background_BHW: torch.Tensor, solid_BH
 def main() -> None:
     (run,) = TrlParser((SegmentationRun,)).parse_args_and_config()
     torch.manual_seed(0)
-    network = build_unet(NUM_CLASSES).to(memory_format=torch.channels_last)
+    network = load_start(build_unet(NUM_CLASSES), run).to(memory_format=torch.channels_last)
     network, log = fit(network, run, loss, lambda first, device: scene_batches(run, first, device, all_pairs=True))
     folder, parameters = ZOO / "segmentation", parameter_count(network)
     save_unet(network.to(memory_format=torch.contiguous_format), folder, SIDE)

@@ -2,7 +2,8 @@
 
 The loop keeps an exponential moving average of the weights, runs in bf16 autocast, and writes a checkpoint every few
 minutes under `runs/zoo/<name>`; the same command started again goes on from there. Batch number n is a function of n
-alone, so a resumed run sees what an uninterrupted one would have seen.
+alone, so a resumed run sees what an uninterrupted one would have seen. A later run begins with landed weights:
+`--start zoo/<name> --name <name>-2`.
 """
 
 import json
@@ -41,6 +42,7 @@ class Run:
     ema_decay: float = field(default=0.999, metadata={"help": "of the moving average that is saved"})
     minutes: float = field(default=math.inf, metadata={"help": "stop after so many minutes, schedule included"})
     save_minutes: float = field(default=3.0, metadata={"help": "between checkpoints"})
+    start: str | None = field(default=None, metadata={"help": "folder of landed weights to go on from"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the network"})
 
 
@@ -149,6 +151,13 @@ def fit(
     _store(folder, accelerator, ema, step, log)
     ema.copy_to(plain.parameters())
     return plain.eval(), log
+
+
+def load_start(network: nn.Module, run: Run) -> nn.Module:
+    """The network with the landed weights of `run.start`, where it is given. Raises OSError if there are none."""
+    if run.start:
+        network.load_state_dict(load_file(Path(run.start) / "model.safetensors"))
+    return network
 
 
 def _row(step: int, seconds: float, sums: dict[str, torch.Tensor], count: int) -> dict:
