@@ -142,6 +142,7 @@ def assemble(unet, vae, text_encoder, tokenizer) -> None:
     """Writes zoo/mini-sd, in bf16."""
     unet.set_attn_processor(AttnProcessor2_0())
     text_encoder.config._attn_implementation = "sdpa"
+    vae.register_to_config(_name_or_path="")
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **NOISE_SCHEDULE)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False

@@ -1,0 +1,313 @@
+"""Proximal policy optimisation of a solver's policy, on `transformers.Trainer`.
+
+    trainer = ConsistencySolverTrainer(pipe, scheduler, [reward], args, train_dataset, eval_dataset)
+    trainer.train()
+
+An iteration is a batch of rollouts, all in one number of steps K and at one guidance scale:
+
+1. draw a few (prompt, seed) rows, and for each a group of action tables around the policy's answer;
+2. render their previews, score them against the full-step targets;
+3. compare scores within a group: advantages;
+4. a few updates on the clipped ratio of new to old probability of the drawn actions.
+
+The trained model is the MLP `scheduler.policy`; pipeline and rewards are frozen. The reward is terminal, and there is
+no value function: the group is the baseline.
+
+Everything random comes from CPU generators seeded by (args.seed, iteration). Each process renders its share, and all
+of them compute the same update on all rewards; so a resumed run, or one of many processes, is the same run.
+
+Shape suffixes: B rollouts, K steps, D actions, F policy inputs, R reward functions.
+Source: arXiv 2512.13592.
+"""
+
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import speed_metrics
+from transformers.utils import logging
+
+from solver.contact_sheet import save_contact_sheet
+from solver.exploration import actions_of, draw_choices, log_probability
+from solver.policy_init import widen_first_layer
+from solver.ppo import Rollouts, group_advantages, ppo_loss
+from solver.rollout import Renderer
+from solver.scheduling_consistency_solver import ConsistencySolverScheduler, SolverTable
+from solver.scoring import RewardFunction, Scorer, Scores
+from solver.trainer_config import ConsistencySolverConfig
+from solver.training_data import check_teacher, image_size, rows_by_guidance
+
+logger = logging.get_logger(__name__)
+
+
+class ConsistencySolverTrainer(Trainer):
+    """Trains a solver so that its previews are the pictures that many steps would make.
+
+    Args:
+        pipeline: stock pipeline, the one that rendered the targets. It is moved to the training device.
+        scheduler: the solver; its policy is trained in place.
+        reward_funcs: one or several functions in TRL's sense: called with `images`, `target_images`, `latents`,
+            `target_latents`, `target_features` (None where the dataset has none by the function's name), `prompts`
+            and `seeds` by keyword, they answer (B,), higher is better, NaN for "not scored". Short names of
+            `rewards.REWARDS` stand for their published models.
+        args: [`ConsistencySolverConfig`].
+        train_dataset: rows as in `data.dataset.PreviewDataset`.
+        eval_dataset: like it; its rows are previewed at the deterministic action at each evaluation.
+        callbacks: as in `transformers.Trainer`.
+        encode: as in `solver.prompt_embeddings.PromptEmbeddings`.
+
+    Raises:
+        ValueError: a baked solver, a dataset of another teacher, an empty one, a noise schedule that is not the
+            pipeline's, too few rows, or weights that do not fit the rewards.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        scheduler: ConsistencySolverScheduler,
+        reward_funcs: RewardFunction | str | Sequence[RewardFunction | str],
+        args: ConsistencySolverConfig,
+        train_dataset,
+        eval_dataset=None,
+        callbacks: list[TrainerCallback] | None = None,
+        encode: Callable[[str], dict[str, Tensor]] | None = None,
+    ):
+        _check_solver(scheduler, pipeline)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is not None and not len(dataset):
+                raise ValueError(f"{name} is empty.")
+            check_teacher(dataset, pipeline)
+        super().__init__(
+            model=scheduler.policy,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
+        self.scheduler = scheduler
+        widen_first_layer(scheduler.policy, args.input_gain)
+        pipeline.to(self.accelerator.device)
+        self.renderer = Renderer(pipeline, scheduler, *image_size(train_dataset), args.rollout_batch_size, encode)
+        self.scorer = Scorer(self.renderer, reward_funcs, args.reward_weights, self.accelerator)
+        self.train_rows = rows_by_guidance(train_dataset, args.guidance_scales, args.prompts_per_iteration)
+        self.eval_rows = None if eval_dataset is None else rows_by_guidance(eval_dataset, args.guidance_scales)
+        self._rollouts: Rollouts | None = None
+        self._rollout_seconds = 0.0  # within the running update
+        self._base_evaluation: tuple[dict, dict] | None = None
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A clock: the rows of an iteration follow from its number, see `_roll_out`."""
+        return DataLoader([{"update": update} for update in range(self.args.max_steps)])
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
+        start, self._rollout_seconds = time.perf_counter(), 0.0
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._record({"seconds/update": time.perf_counter() - start - self._rollout_seconds})
+        return loss
+
+    def _prepare_inputs(self, inputs: dict) -> Rollouts:
+        """The rollouts of this iteration: new ones, or those of the last update."""
+        iteration = self.state.global_step // self.args.num_ppo_epochs
+        if self._rollouts is None or self._rollouts.iteration != iteration:
+            start = time.perf_counter()
+            self._rollouts = self._roll_out(iteration)
+            self._rollout_seconds = time.perf_counter() - start
+            if iteration == 0:
+                self._log_budget()
+        return self._rollouts
+
+    def compute_loss(self, model: nn.Module, inputs: Rollouts, return_outputs: bool = False, num_items_in_batch=None):
+        """The clipped loss of PPO; `model` is the policy, or its distributed wrapper."""
+        outputs = model(inputs.inputs_KF)
+        args = self.args
+        loss, metrics = ppo_loss(self.scheduler.policy, outputs, inputs, args.clip_range, args.entropy_coef)
+        self._record(metrics)
+        return (loss, outputs) if return_outputs else loss
+
+    # -- rollouts -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _roll_out(self, iteration: int) -> Rollouts:
+        """One batch of rollouts; all processes return the same."""
+        args, policy, device = self.args, self.scheduler.policy, self.accelerator.device
+        generator = seeded_generator(args.seed, "rollout", iteration)
+        steps, guidance_scale = self.draw_cell(iteration)
+        std = self.exploration_std(iteration)
+
+        # Rows: one a group
+        candidates = self.train_rows[guidance_scale]
+        chosen = torch.randperm(len(candidates), generator=generator)[: args.prompts_per_iteration]
+        groups = [self.train_dataset[candidates[i]] for i in chosen.tolist()]
+        rows = [row for row in groups for _ in range(args.group_size)]
+
+        # Actions: all of them before the first step
+        grid = self.renderer.grid(steps, rows[0]["prompt"])
+        inputs_KF = self.scheduler.policy_inputs(steps, guidance_scale, **grid).to(device)
+        outputs = policy(inputs_KF)
+        choices_BKD = draw_choices(policy, outputs, len(rows), std, args.antithetic, generator)
+        table = self.scheduler.table_from_actions(actions_of(policy, choices_BKD), steps, **grid)
+
+        # Previews, rewards, advantages
+        scores = self.scorer.score(rows, guidance_scale, table)
+        advantages_B, constant_groups = group_advantages(scores.rewards_B, args.group_size)
+        spread = scores.rewards_B.view(-1, args.group_size).std(dim=1).mean()
+        self._record(
+            {"reward": scores.rewards_B.mean(), "reward_std": spread, "frac_reward_zero_std": constant_groups}
+        )
+        self._record({"exploration_std": std, "inference_steps": steps, "guidance_scale": guidance_scale})
+        self._record_scores(scores)
+
+        choices_BKD = choices_BKD.to(device)
+        old_log_prob_BKD = log_probability(policy, outputs, choices_BKD, std)
+        mask_KD = self.scheduler.action_mask(steps).to(device)
+        return Rollouts(iteration, inputs_KF, mask_KD, choices_BKD, old_log_prob_BKD, advantages_B.to(device), std)
+
+    def draw_cell(self, iteration: int) -> tuple[int, float]:
+        """K and guidance scale of an iteration: all pairs in random order, then all in another, and so on."""
+        cells = [(steps, scale) for steps in self.args.step_counts for scale in self.train_rows]
+        sweep, place = divmod(iteration, len(cells))
+        order = torch.randperm(len(cells), generator=seeded_generator(self.args.seed, "cells", sweep))
+        return cells[order[place]]
+
+    def exploration_std(self, iteration: int) -> float:
+        """From `exploration_std` to `final_exploration_std`, geometrically."""
+        first, last = self.args.exploration_std, self.args.final_exploration_std
+        return first * (last / first) ** (iteration / max(1, self.args.num_iterations - 1))
+
+    # -- held-out reward ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean reward of the deterministic previews of all rows, in each of `eval_inference_steps`.
+
+        `eval_reward` is the mean over the cells (K, guidance scale), `eval_base_reward` that of the base rule (zero
+        actions). The best solver so far is kept in `output_dir/best`, a contact sheet in `output_dir/contact_sheets`.
+        """
+        if self.eval_rows is None or eval_dataset is not None:
+            raise ValueError("evaluate needs the eval_dataset that the trainer was made with, and no other.")
+        start = time.time()
+        if self._base_evaluation is None:
+            self._base_evaluation = self._evaluate_cells(zero_actions=True)
+        base_metrics, base_pictures = self._base_evaluation
+        metrics, pictures = self._evaluate_cells()
+        metrics["base_reward"] = base_metrics["reward"]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics |= speed_metrics(metric_key_prefix, start)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.accelerator.is_main_process and pictures:
+            self._save_contact_sheet(base_pictures, pictures)
+        self._keep_best(metrics[f"{metric_key_prefix}_reward"])
+        return metrics
+
+    def _evaluate_cells(self, zero_actions: bool = False) -> tuple[dict[str, float], dict[int, Tensor]]:
+        """Metrics over all cells; and pictures for the contact sheet, row number -> (3, H, W)."""
+        cells, scores, pictures, evaluations = {}, [], {}, 0
+        sheet_rows = math.ceil(self.args.contact_sheet_rows / len(self.eval_rows))
+        for steps in self.args.eval_inference_steps:
+            for guidance_scale, numbers in self.eval_rows.items():
+                rows = [self.eval_dataset[i] for i in numbers]
+                table = self._deterministic_table(steps, guidance_scale, rows[0]["prompt"], zero_actions)
+                scored = self.scorer.score(rows, guidance_scale, table)
+                cells[f"reward_{steps}_steps_cfg_{guidance_scale:g}"] = scored.rewards_B.mean().item()
+                scores.append(scored.scores_RB.nanmean(dim=1))
+                evaluations += scored.network_evaluations
+                if steps == self.args.eval_inference_steps[0]:
+                    # The main process, which writes the sheet, has the first rows.
+                    pictures |= zip(numbers[:sheet_rows], scored.images_BCHW.cpu(), strict=False)
+        metrics = {"reward": sum(cells.values()) / len(cells), "network_evaluations": evaluations, **cells}
+        for name, score in zip(self.scorer.names, torch.stack(scores).nanmean(dim=0), strict=True):
+            metrics[f"rewards/{name}/mean"] = score.item()
+        return metrics, pictures
+
+    def _deterministic_table(self, steps: int, guidance_scale: float, prompt: str, zero_actions: bool) -> SolverTable:
+        grid = self.renderer.grid(steps, prompt)
+        if zero_actions:
+            return self.scheduler.table_from_actions(torch.zeros(steps, self.scheduler.num_actions), steps, **grid)
+        return self.scheduler.coefficients(steps, guidance_scale, **grid)
+
+    def _save_contact_sheet(self, base_pictures: dict[int, Tensor], pictures: dict[int, Tensor]) -> None:
+        """Target, base rule and learned solver, in the first of `eval_inference_steps`."""
+        shown = list(pictures)[: self.args.contact_sheet_rows]
+        steps = self.args.eval_inference_steps[0]
+        columns = {
+            "target": torch.stack([self.eval_dataset[i]["target"].float() / 255 for i in shown]),
+            f"base, {steps}": torch.stack([base_pictures[i] for i in shown]),
+            f"learned, {steps}": torch.stack([pictures[i] for i in shown]),
+        }
+        folder = Path(self.args.output_dir) / "contact_sheets"
+        save_contact_sheet(columns, folder / f"step-{self.state.global_step:06d}.png")
+
+    def _keep_best(self, reward: float) -> None:
+        """Writes the solver to `output_dir/best` if it is the best so far; checkpoints remember the reward."""
+        if not self.is_in_train or (self.state.best_metric is not None and reward <= self.state.best_metric):
+            return
+        self.state.best_metric, self.state.best_global_step = reward, self.state.global_step
+        if self.args.should_save:
+            self.scheduler.save_pretrained(Path(self.args.output_dir) / "best")
+
+    # -- files and logs -----------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A checkpoint is a solver that `ConsistencySolverScheduler.from_pretrained` loads."""
+        super()._save(output_dir, state_dict)
+        self.scheduler.save_config(output_dir or self.args.output_dir)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means, since the last call, of what was recorded."""
+        if not any(name.startswith("eval_") for name in logs):
+            logs = logs | {name: sum(values) / len(values) for name, values in self._metrics.items()}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    def _record(self, metrics: dict[str, float | Tensor]) -> None:
+        for name, value in metrics.items():
+            self._metrics[name].append(float(value))
+
+    def _record_scores(self, scores: Scores) -> None:
+        for name, scores_B in zip(self.scorer.names, scores.scores_RB, strict=True):
+            scored = scores_B[~scores_B.isnan()]
+            self._record({f"rewards/{name}/mean": scored.mean()})
+            if len(scored) > 1:
+                self._record({f"rewards/{name}/std": scored.std()})
+        self._record({f"seconds/{phase}": value for phase, value in scores.seconds.items()})
+        self._record({"network_evaluations": scores.network_evaluations})
+
+    def _log_budget(self) -> None:
+        """One line on what the run will cost, by the measure of its first iteration."""
+        if not self.accelerator.is_main_process:
+            return
+        args = self.args
+        rollouts = args.prompts_per_iteration * args.group_size
+        mean_steps = sum(args.step_counts) / len(args.step_counts)
+        scale = args.num_iterations * mean_steps / self._metrics["inference_steps"][-1]
+        logger.warning(
+            f"{args.num_iterations:,} iterations of {args.prompts_per_iteration} x {args.group_size} rollouts: "
+            f"{args.num_iterations * rollouts:,} rollouts, about "
+            f"{scale * self._metrics['network_evaluations'][-1]:,.0f} network evaluations and "
+            f"{scale * self._rollout_seconds / 60:,.1f} minutes, held-out evaluations not counted."
+        )
+
+
+def seeded_generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """A CPU generator that depends on nothing but its arguments."""
+    return torch.Generator().manual_seed(random.Random(":".join(map(str, (seed, *purpose)))).getrandbits(63))
+
+
+def _check_solver(scheduler: ConsistencySolverScheduler, pipe: DiffusionPipeline) -> None:
+    if scheduler.policy is None:
+        raise ValueError("This solver is baked: it has no policy to train. Load the one that it was baked from.")
+    if not scheduler.num_actions:
+        raise ValueError("A solver of order 1 without a learned grid has no actions: set solver_order or learn_grid.")
+    scheduler.check_compatible(pipe.scheduler)
