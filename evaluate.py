@@ -1,0 +1,50 @@
+# /// script
+# dependencies = ["proofsheet"]
+# ///
+"""Compares solvers on held-out prompts: consistency to the full-step picture, cost, ranks, all with intervals.
+
+    python evaluate.py --config configs/eval_mini_sd.yaml
+    python evaluate.py --config configs/eval_mini_sd.yaml --learned runs/mini_sd/best --num_prompts 100
+
+Writes metrics.json, table.md, plots and contact_sheet.png into `output_dir`. Finished cells are kept in its `cache`:
+the same command goes on after an interruption, and measures only what is new after a change of the config.
+"""
+
+import logging
+import sys
+from dataclasses import MISSING, fields
+
+from evaluation.config import EvaluationConfig
+
+
+def help_text() -> str:
+    """What --help shows; transformers and trl, which parse the rest, take seconds to import."""
+    lines = [__doc__, "options, in the YAML file or on the command line:"]
+    for knob in fields(EvaluationConfig):
+        default = knob.default_factory() if knob.default_factory is not MISSING else knob.default
+        note = "required" if default is MISSING else f"default {default}"
+        lines.append(f"  --{knob.name:<20} {knob.metadata['help']} ({note})")
+    return "\n".join(lines)
+
+
+def main(args: list[str] | None = None) -> dict:
+    if {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
+        print(help_text())
+        sys.exit(0)
+    from trl import TrlParser
+
+    from evaluation.run import evaluate
+
+    (config,) = TrlParser((EvaluationConfig,)).parse_args_and_config(args)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("evaluation").setLevel(logging.INFO)
+    metrics = evaluate(config)
+    print(f"{config.output_dir}/table.md, contact_sheet.png, metrics.json: {len(metrics['rows'])} rows.")
+    return metrics
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"evaluate.py: {' '.join(str(error).split())}")

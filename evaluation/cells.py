@@ -1,0 +1,162 @@
+"""One cell of the table: a contender at one number of steps and one guidance scale, measured and kept on disk.
+
+Shape suffixes: N prompts, P ranked prompts, S candidates of each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from evaluation.bootstrap import mean
+from evaluation.cache import digest, fingerprint, load, store
+from evaluation.contenders import Contender
+from evaluation.instruments import CAPTION_CHECK, FID, SCORE, Instruments
+from evaluation.metrics import spearman, top1_agreement
+from evaluation.rendering import Cost, Sampler
+from evaluation.solvers import describe
+from evaluation.targets import Samples, Target, to_8_bits
+
+KEPT_IMAGES = 8  # of a cell, for the contact sheet
+
+
+@dataclass
+class Cell:
+    """What was measured.
+
+    Attributes:
+        solver, grid, steps: which.
+        guidance_scale: that of the full-step pictures.
+        facts: `nfe`, `seconds_per_image`, `solver_share`, `own_guidance_scale`.
+        values: metric -> float (N,), or (P,) of the rank metrics: one value a prompt, all averaged later.
+        features: of Fréchet distances, name -> (N, D).
+        passes: caption check of the candidates, bool (P, S); None where there are no ranks.
+        images: uint8, the first `KEPT_IMAGES` pictures.
+    """
+
+    solver: str
+    grid: str
+    steps: int
+    guidance_scale: float
+    facts: dict
+    values: dict[str, torch.Tensor]
+    features: dict[str, torch.Tensor]
+    passes: torch.Tensor | None
+    images: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every cell of a guidance scale is measured on and with.
+
+    Attributes:
+        samples, target: the prompts and their full-step pictures.
+        instruments: look at previews and targets.
+        frechet: the reward whose features are kept for a Fréchet distance.
+        ranked, ranked_target, candidates: S pictures of each of P prompts, in this order; None where ranks are off.
+        rank_instruments: look at those.
+    """
+
+    samples: Samples
+    target: Target
+    instruments: Instruments
+    frechet: str | None = None
+    ranked: Samples | None = None
+    ranked_target: Target | None = None
+    rank_instruments: Instruments | None = None
+    candidates: int = 1
+
+
+def measure(
+    task: Task, contender: Contender, grid: str, steps: int, sampler: Sampler, pipe: DiffusionPipeline, folder: Path
+) -> Cell:
+    """A cell, from the cache if it is there.
+
+    Args:
+        task: what it is measured on.
+        contender, grid, steps: the cell.
+        sampler: of the contender's network.
+        pipe: the model's own pipeline, whose scheduler the contender's starts from.
+        folder: of the cache.
+    """
+    samples = task.samples
+    own = sampler.pipe.scheduler if contender.network.get("pipeline") else pipe.scheduler
+    guidance = samples.guidance_scale if contender.guidance_scale is None else contender.guidance_scale
+    scheduler = contender.grids[grid](own, steps, guidance)
+    key = digest(
+        {
+            "target": task.target.key,
+            "prompts": len(samples.prompts),
+            "ranked": task.ranked_target and task.ranked_target.key,
+            "instruments": [task.instruments.identity, task.rank_instruments and task.rank_instruments.identity],
+            "frechet": task.frechet,
+            "scheduler": describe(scheduler, steps),
+            "network": [*contender.network.items(), _network_digest(contender, sampler)],
+            "guidance": [guidance, samples.guidance_scale],
+            "steps": steps,
+        }
+    )
+    path = folder / f"{key}.safetensors"
+    known = load(path)
+    if known is None:
+        tensors, facts = _measure(task, scheduler, steps, guidance, sampler)
+        facts["solver"] = f"{contender.name}, {grid}, {steps} steps"  # for whoever looks into the cache
+        store(path, tensors, facts)
+        known = load(path)
+    tensors, facts = known
+    facts["own_guidance_scale"] = guidance
+    values, features = (
+        {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
+        for kind in ("values/", "features/")
+    )
+    passes = tensors["passes"].bool() if "passes" in tensors else None
+    return Cell(
+        contender.name, grid, steps, samples.guidance_scale, facts, values, features, passes, tensors["images"]
+    )
+
+
+def _measure(task: Task, scheduler, steps: int, guidance: float, sampler: Sampler) -> tuple[dict, dict]:
+    cost = Cost()
+    seen, kept = _render_and_look(task.samples, task.instruments, scheduler, steps, guidance, sampler, cost)
+    values = task.instruments.compare(seen, task.target.seen)
+    if CAPTION_CHECK in seen:
+        values[CAPTION_CHECK] = seen[CAPTION_CHECK]
+    features = {name: seen[name] for name in (task.frechet, FID) if name in seen}
+    tensors = {"images": kept}
+    if task.ranked:
+        seen, _ = _render_and_look(task.ranked, task.rank_instruments, scheduler, steps, guidance, sampler, cost)
+        score_PS, full_PS = (s[SCORE].reshape(-1, task.candidates) for s in (seen, task.ranked_target.seen))
+        values |= {"rank_spearman": spearman(score_PS, full_PS), "rank_top1": top1_agreement(score_PS, full_PS)}
+        if CAPTION_CHECK in seen:
+            tensors["passes"] = seen[CAPTION_CHECK].reshape(-1, task.candidates)
+    tensors |= {f"values/{name}": value for name, value in values.items()}
+    tensors |= {f"features/{name}": value for name, value in features.items()}
+    return tensors, cost.summary()
+
+
+def _render_and_look(
+    samples: Samples, instruments: Instruments, scheduler, steps: int, guidance: float, sampler: Sampler, cost: Cost
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    seen, kept, first = [], [], 0
+    for images in sampler.render(scheduler, samples.prompts, samples.seeds, steps, guidance, cost):
+        seen.append(instruments.look(images, samples.prompts[first : first + len(images)], len(images)))
+        kept.append(to_8_bits(images[: max(0, KEPT_IMAGES - first)]))
+        first += len(images)
+    return {name: torch.cat([part[name] for part in seen]) for name in seen[0]}, torch.cat(kept)
+
+
+def _network_digest(contender: Contender, sampler: Sampler) -> str | None:
+    """Of a distilled network; the model itself is part of the target's key."""
+    if not contender.network:
+        return None
+    pipe = sampler.pipe
+    return fingerprint(pipe.transformer if pipe.components.get("unet") is None else pipe.unet)
+
+
+def best_grids(cells: Sequence[Cell], metric: str, resamples: int) -> list[str]:
+    """The grids that a few prompts do not rule out: all but those that lose to the best with their whole interval."""
+    estimates = {cell.grid: mean(cell.values[metric], resamples) for cell in cells}
+    best = max(estimates.values(), key=lambda estimate: estimate.value)
+    return [grid for grid, estimate in estimates.items() if (estimate - best).ci95[1] >= 0]

@@ -1,0 +1,79 @@
+"""The contact sheet: rows of prompts, a column for every solver and number of steps, the full-step picture last.
+
+Shape suffixes: H W.
+"""
+
+import textwrap
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from evaluation.report import FULL, Measured, Results
+
+TILE = 112  # pixels
+GAP, GROUP_GAP, MARGIN, CAPTION, HEAD = 4, 20, 20, 190, 58
+INK, FAINT, ACCENT, PAPER = "#1d232a", "#6b7680", "#d1495b", "#ffffff"
+
+
+def draw_contact_sheet(results: Results, path: Path) -> None:
+    """Writes the sheet: one block of rows a guidance scale."""
+    blocks = [(measured, _groups(measured, results)) for measured in results.measured]
+    rows = results.config.sheet_rows
+    width = max(_width(groups) for _, groups in blocks)
+    block_height = HEAD + rows * (TILE + GAP) + GROUP_GAP
+    sheet = Image.new("RGB", (width, MARGIN + len(blocks) * block_height), PAPER)
+    for i, (measured, groups) in enumerate(blocks):
+        _draw_block(sheet, MARGIN + i * block_height, measured, groups, rows)
+    sheet.save(path)
+
+
+def _groups(measured: Measured, results: Results) -> list[tuple[str, list[tuple[int, torch.Tensor]]]]:
+    """Solver -> its (steps, pictures), in the order of the config, the full-step pictures last."""
+    config = results.config
+    names = [name for name in config.sheet_solvers if any(cell.solver == name for cell in measured.cells)]
+    names = names or list(dict.fromkeys(cell.solver for cell in measured.cells))[:3]
+    groups = []
+    for name in names:
+        cells = [cell for cell in measured.cells if cell.solver == name]
+        chosen = [cell for cell in cells if cell.steps in config.sheet_steps] or cells
+        groups.append((name, [(cell.steps, cell.images) for cell in chosen]))
+    return [*groups, (FULL, [(config.num_inference_steps, measured.task.target.images)])]
+
+
+def _width(groups: list) -> int:
+    tiles = sum(len(columns) for _, columns in groups)
+    return 2 * MARGIN + CAPTION + tiles * (TILE + GAP) + len(groups) * GROUP_GAP
+
+
+def _draw_block(sheet: Image.Image, top: int, measured: Measured, groups: list, rows: int) -> None:
+    draw = ImageDraw.Draw(sheet)
+    samples = measured.task.samples
+    draw.text((MARGIN, top), f"guidance {samples.guidance_scale:g}", INK, _font(17))
+    for row in range(min(rows, len(samples.prompts))):
+        y = top + HEAD + row * (TILE + GAP)
+        words = textwrap.wrap(samples.prompts[row], 29)[:5]
+        draw.multiline_text((MARGIN, y + 4), "\n".join(words), INK, _font(12), spacing=3)
+        draw.text((MARGIN, y + TILE - 18), f"seed {samples.seeds[row]}", FAINT, _font(11))
+    x = MARGIN + CAPTION
+    for name, columns in groups:
+        x += GROUP_GAP
+        right = x + len(columns) * (TILE + GAP) - GAP
+        colour = ACCENT if name == "learned" else INK
+        draw.text((x, top), "full steps" if name == FULL else name, colour, _font(17))
+        draw.line((x, top + 27, right, top + 27), colour, 2)
+        for steps, images in columns:
+            draw.text((x + TILE / 2, top + 43), f"{steps} steps", FAINT, _font(12), anchor="mm")
+            for row in range(min(rows, len(images))):
+                sheet.paste(_tile(images[row]), (x, top + HEAD + row * (TILE + GAP)))
+            x += TILE + GAP
+        x -= GAP
+
+
+def _tile(image_CHW: torch.Tensor) -> Image.Image:
+    picture = Image.fromarray(image_CHW.permute(1, 2, 0).numpy())
+    return picture.resize((TILE, TILE), Image.Resampling.LANCZOS)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

@@ -1,0 +1,249 @@
+"""metrics.json: all numbers of an evaluation.
+
+It has `model`, `dataset`, `rows` and `paired` (below), and beside them: `metrics` (unit, direction, whether
+it was trained on), `across_steps` (the learned solver at K steps against the best classical one at the next K),
+`workflow`, `coefficients` of the learned solver, and what it ran on.
+
+    rows    {"solver", "steps", "guidance_scale", "nfe", "prompts", "metrics": {name: {"mean", "ci95"}},
+             "seconds_per_image", "solver_share", "grid", "grids", "own_guidance_scale"}
+            `grids` has the main metric of every grid tried; one ruled out early was tried on the first prompts only
+    paired  {"a", "b", "steps", "guidance_scale", "metric", "difference", "ci95"}, the difference being a - b
+"""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data.shards import write_json, write_whole
+from data.teacher import library_versions
+from evaluation.bootstrap import Estimate, mean
+from evaluation.cells import Cell, Task
+from evaluation.config import EvaluationConfig
+from evaluation.instruments import CAPTION_CHECK, FID
+from evaluation.metrics import frechet
+from evaluation.table import table
+from evaluation.workflow import simulate
+from solver import ConsistencySolverScheduler
+
+UNITS = {"pixels": "PSNR, dB", "depth": "PSNR of depth, dB", "segmentation": "% of pixels"}
+COSINE = "(cos + 1) · 50"
+OTHER_UNITS = {
+    CAPTION_CHECK: "share of pictures",
+    "rank_spearman": "rank correlation",
+    "rank_top1": "share of prompts",
+    FID: "FID",
+}
+LOWER_IS_BETTER = ("frechet_", FID)
+FULL = "full"
+
+
+@dataclass
+class Measured:
+    """All cells of a guidance scale, and what they were measured on."""
+
+    task: Task
+    cells: list[Cell]
+
+
+@dataclass
+class Results:
+    """All that was measured.
+
+    Attributes:
+        config: of the evaluation.
+        latent_shape: of a picture.
+        reference: features of reference pictures by name; None where they are the full-step pictures.
+        measured: one entry a guidance scale.
+    """
+
+    config: EvaluationConfig
+    latent_shape: tuple[int, ...]
+    reference: dict[str, torch.Tensor] | None
+    measured: list[Measured] = field(default_factory=list)
+
+
+def write_report(results: Results, folder: Path) -> dict:
+    """Writes metrics.json and table.md into a folder; returns the content of the first."""
+    metrics = make_metrics(results)
+    write_json(folder / "metrics.json", metrics)
+    write_whole(folder / "table.md", table(metrics).encode())
+    return metrics
+
+
+def make_metrics(results: Results) -> dict:
+    """The content of metrics.json."""
+    config = results.config
+    rows, paired, across, workflow = [], [], [], []
+    for measured in results.measured:
+        estimates = [estimate(cell, measured.task, results) for cell in measured.cells]
+        rows.append(full_row(measured.task, results))
+        rows += [make_row(cell, measured.task, e) for cell, e in zip(measured.cells, estimates, strict=True)]
+        both = list(zip(measured.cells, estimates, strict=True))
+        paired += paired_differences(both)
+        across += differences_across_steps(both, set(config.solvers))
+        workflow += [entry for cell in measured.cells if (entry := simulate_cell(cell, measured.task, results))]
+    found = {name for row in rows for name in row["metrics"]}
+    order = [*config.rewards, f"frechet_{config.frechet}", FID, CAPTION_CHECK, "rank_spearman", "rank_top1"]
+    names = [name for name in order if name in found]
+    return {
+        "model": config.model,
+        "dataset": {"prompts": config.prompts, "first_seed": config.first_seed},
+        "rows": rows,
+        "paired": paired,
+        "across_steps": across,
+        "workflow": workflow,
+        "metrics": {name: describe_metric(name, config) for name in names},
+        "main_metric": config.main_metric,
+        "full_steps": {"scheduler": config.scheduler, "steps": config.num_inference_steps, **config.scheduler_kwargs},
+        "reference": config.reference or "full-step pictures",
+        "learned": config.learned,
+        "coefficients": coefficients(config) if config.learned else [],
+        "latent_shape": list(results.latent_shape),
+        "hardware": hardware(),
+        "dtype": config.dtype,
+        "autocast": config.autocast,
+        "batch_size": config.batch_size,
+        "versions": library_versions(),
+    }
+
+
+# Estimates
+
+
+def estimate(cell: Cell, task: Task, results: Results) -> dict[str, Estimate]:
+    """Every metric of a cell with its bootstrap."""
+    estimates = {name: mean(values, results.config.resamples) for name, values in cell.values.items()}
+    target = task.target.seen if results.reference is None else results.reference
+    for name, features in cell.features.items():
+        key = FID if name == FID else f"frechet_{name}"
+        estimates[key] = frechet(features, target[name], paired=results.reference is None)
+    return estimates
+
+
+def make_row(cell: Cell, task: Task, estimates: Mapping[str, Estimate]) -> dict:
+    return {
+        "solver": cell.solver,
+        "steps": cell.steps,
+        "guidance_scale": cell.guidance_scale,
+        "nfe": cell.facts["nfe"],
+        "prompts": len(task.samples.prompts),
+        "metrics": {name: {"mean": e.value, "ci95": e.ci95} for name, e in estimates.items()},
+        "seconds_per_image": cell.facts["seconds_per_image"],
+        "solver_share": cell.facts["solver_share"],
+        "grid": cell.grid,
+        "grids": cell.facts["grids"],
+        "own_guidance_scale": cell.facts["own_guidance_scale"],
+    }
+
+
+def full_row(task: Task, results: Results) -> dict:
+    """The full-step pictures themselves: what they cost, and what needs no comparison."""
+    seen, config = task.target.seen, results.config
+    estimates = {CAPTION_CHECK: mean(seen[CAPTION_CHECK], config.resamples)} if CAPTION_CHECK in seen else {}
+    if results.reference is not None:
+        for name in (config.frechet, FID):
+            if name in seen and name in results.reference:
+                key = FID if name == FID else f"frechet_{name}"
+                estimates[key] = frechet(seen[name], results.reference[name], paired=False)
+    facts = {**task.target.cost, "grids": {}, "own_guidance_scale": task.samples.guidance_scale}
+    grid = config.scheduler_kwargs.get("timestep_spacing", "own")
+    steps, guidance = config.num_inference_steps, task.samples.guidance_scale
+    cell = Cell(FULL, grid, steps, guidance, facts, {}, {}, None, task.target.images[:0])
+    return make_row(cell, task, estimates)
+
+
+Both = Sequence[tuple[Cell, Mapping[str, Estimate]]]
+
+
+def paired_differences(cells: Both, a: str = "learned") -> list[dict]:
+    """The learned solver minus each other one, at the same number of steps."""
+    mine = {cell.steps: estimates for cell, estimates in cells if cell.solver == a}
+    return [
+        _difference(a, cell.solver, cell, name, mine[cell.steps][name] - value, {"steps": cell.steps})
+        for cell, estimates in cells
+        if cell.solver != a and cell.steps in mine
+        for name, value in estimates.items()
+    ]
+
+
+def differences_across_steps(cells: Both, classical: set[str], a: str = "learned") -> list[dict]:
+    """The learned solver at K steps minus the best classical one at the next greater K of the table."""
+    counts = sorted({cell.steps for cell, _ in cells})
+    entries = []
+    for cell, estimates in cells:
+        more = next((steps for steps in counts if steps > cell.steps), None)
+        others = [pair for pair in cells if pair[0].steps == more and pair[0].solver in classical]
+        if cell.solver != a or not others:
+            continue
+        for name, value in estimates.items():
+            sign = -1 if name.startswith(LOWER_IS_BETTER) else 1
+            best, its = max(others, key=lambda pair: sign * pair[1][name].value)
+            steps = {"steps": cell.steps, "steps_b": more}
+            entries.append(_difference(a, best.solver, cell, name, value - its[name], steps))
+    return entries
+
+
+def _difference(a: str, b: str, cell: Cell, metric: str, difference: Estimate, steps: dict) -> dict:
+    return {
+        "a": a,
+        "b": b,
+        **steps,
+        "guidance_scale": cell.guidance_scale,
+        "metric": metric,
+        "difference": difference.value,
+        "ci95": difference.ci95,
+    }
+
+
+def simulate_cell(cell: Cell, task: Task, results: Results) -> dict | None:
+    """The preview-and-refine workflow with a cell's previews; None where there are no candidates."""
+    if cell.passes is None:
+        return None
+    full = task.ranked_target.seen[CAPTION_CHECK].bool().reshape(cell.passes.shape)
+    which = {"solver": cell.solver, "steps": cell.steps, "guidance_scale": cell.guidance_scale}
+    units = {"nfe": "nfe", "seconds": "seconds_per_image"}
+    runs = {
+        unit: simulate(cell.passes, full, cell.facts[key], task.target.cost[key], results.config.resamples)
+        for unit, key in units.items()
+    }
+    costs = {
+        f"{name}_{unit}": run[name] for unit, run in runs.items() for name in ("full_only", "preview_first", "saving")
+    }
+    shares = {name: value for name, value in runs["nfe"].items() if not isinstance(value, dict)}
+    return {**which, "prompts": len(full), "seeds": full.shape[1], **costs, **shares}
+
+
+# Descriptions
+
+
+def describe_metric(name: str, config: EvaluationConfig) -> dict:
+    lower = name.startswith(LOWER_IS_BETTER)
+    unit = OTHER_UNITS.get(name) or ("squared distance" if lower else UNITS.get(name, COSINE))
+    return {"unit": unit, "higher_is_better": not lower, "trained_on": name in config.trained_on}
+
+
+def coefficients(config: EvaluationConfig) -> list[dict]:
+    """The learned table and that of its base rule on its base grid, for every number of steps and guidance scale."""
+    solver = ConsistencySolverScheduler.from_pretrained(config.learned)
+    if solver.is_flow:  # its grid depends on the pipeline's call
+        return []
+    base = ConsistencySolverScheduler.from_config(solver.config, coefficients=None)
+    return [
+        {
+            "steps": steps,
+            "guidance_scale": guidance,
+            "learned": {k: v.tolist() for k, v in solver.coefficients(steps, guidance)._asdict().items()},
+            "base": {k: v.tolist() for k, v in base.coefficients(steps, guidance)._asdict().items()},
+        }
+        for guidance in config.guidance_scale
+        for steps in config.steps
+    ]
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} processor, torch threads: {torch.get_num_threads()}"

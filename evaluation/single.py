@@ -1,0 +1,86 @@
+"""One picture at a time: what `sample.py` does with its arguments."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from data.build_config import PUBLISHED_SCHEDULER, PUBLISHED_SCHEDULER_KWARGS
+from data.latents import decode, latent_shape, pack, unpack
+from data.noise import initial_noise
+from data.teacher import make_scheduler
+from evaluation.solvers import is_flow, learned
+
+PREFIX = "proofsheet:"  # of our text chunks in a PNG
+NUMBERS = {"seed": int, "steps": int, "height": int, "width": int, "guidance_scale": float}
+
+
+def solver_scheduler(path: str, own: SchedulerMixin, guidance_scale: float) -> SchedulerMixin:
+    """A learned solver for a pipeline with the scheduler `own`, told the guidance scale. Raises as `learned` does."""
+    (factory,) = learned(path, own).values()
+    return factory(own, 0, guidance_scale)
+
+
+def full_scheduler(name: str | None, own: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler of full-step pictures: by name, else that of the offline dataset, else a flow model's own.
+
+    Raises:
+        ValueError: there is no such scheduler, it draws noise of its own, or it is of another kind of model.
+    """
+    if name is None and is_flow(own):
+        return own
+    name = name or PUBLISHED_SCHEDULER
+    return make_scheduler(name, PUBLISHED_SCHEDULER_KWARGS if name == PUBLISHED_SCHEDULER else {}, own)
+
+
+@torch.no_grad()
+def sample(
+    pipe: DiffusionPipeline,
+    prompt: str,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    height: int | None = None,
+    width: int | None = None,
+) -> Image.Image:
+    """The picture of a prompt and a seed: that of `evaluate.py` and of the offline dataset."""
+    shape = latent_shape(pipe, height, width)
+    latents = pipe(
+        prompt,
+        latents=pack(pipe, initial_noise([seed], shape)),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    images_BCHW = decode(pipe, unpack(pipe, latents, shape))
+    return pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(images_BCHW))[0]
+
+
+def save_png(image: Image.Image, path: Path, facts: Mapping[str, object]) -> None:
+    """Writes a PNG whose text chunks say how it was made."""
+    chunks = PngInfo()
+    for name, value in facts.items():
+        chunks.add_itxt(PREFIX + name, str(value))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, format="PNG", pnginfo=chunks)
+
+
+def read_facts(path: Path, names: Sequence[str]) -> dict:
+    """Some of what `save_png` wrote.
+
+    Raises:
+        OSError: there is no such file, or it is no picture.
+        ValueError: the picture does not say how it was made.
+    """
+    with Image.open(path) as image:
+        text = image.text if image.format == "PNG" else {}
+    facts = {name: text[PREFIX + name] for name in names if PREFIX + name in text}
+    if not facts:
+        raise ValueError(f"{path} does not say how it was made; give --model, --prompt and --seed.")
+    return {name: NUMBERS.get(name, str)(value) for name, value in facts.items()}

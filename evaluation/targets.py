@@ -1,0 +1,153 @@
+"""Full-step pictures and what the instruments see in them: once, on disk, for every run that asks the same.
+
+Shape suffixes: N images, C H W.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import SchedulerMixin
+from tqdm import tqdm
+
+from data.teacher import library_versions, weights_digest
+from evaluation.cache import digest, load, store
+from evaluation.instruments import Instruments
+from evaluation.rendering import Cost, Sampler
+from evaluation.solvers import describe
+
+
+class Samples(NamedTuple):
+    """What is rendered: one picture a (prompt, seed), all at one guidance scale."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    guidance_scale: float
+
+
+class Target(NamedTuple):
+    """Full-step pictures.
+
+    Attributes:
+        key: identifies them.
+        images: uint8 (N, 3, H, W).
+        seen: what the instruments see in them, by name.
+        cost: `nfe`, `seconds_per_image`, `solver_share` of rendering them.
+    """
+
+    key: str
+    images: torch.Tensor
+    seen: dict[str, torch.Tensor]
+    cost: dict
+
+
+class Targets:
+    """Renders full-step pictures, or reads them.
+
+    Args:
+        sampler: of the pipeline.
+        scheduler: with which it renders full-step pictures.
+        steps: of that scheduler.
+        instruments: that look at them.
+        folder: of the cache.
+    """
+
+    def __init__(
+        self, sampler: Sampler, scheduler: SchedulerMixin, steps: int, instruments: Instruments, folder: Path
+    ):
+        self.sampler, self.scheduler, self.steps = sampler, scheduler, steps
+        self.instruments, self.folder = instruments, folder
+        self.identity = {
+            "weights": weights_digest(sampler.pipe),
+            "scheduler": describe(scheduler, steps),
+            "steps": steps,
+            "latent_shape": sampler.latent_shape,
+            "dtype": str(sampler.pipe.dtype),
+            "autocast": sampler.autocast,
+            "batch_size": sampler.batch_size,
+            "device": sampler.pipe.device.type,
+            "versions": library_versions(),
+        }
+
+    def __call__(self, samples: Samples, instruments: Instruments | None = None) -> Target:
+        """The full-step pictures of samples, from the cache as far as they are there."""
+        instruments = instruments or self.instruments
+        key = digest({**self.identity, "samples": samples})
+        batches = [load(self._part(key, i)) for i in range(self._parts(samples))]
+        if None in batches:
+            self._render(key, samples)
+            batches = [load(self._part(key, i)) for i in range(self._parts(samples))]
+        images = torch.cat([tensors["images"] for tensors, _ in batches])
+        costs = [facts for _, facts in batches]
+        medians = torch.tensor([[c["seconds_per_image"], c["solver_share"]] for c in costs]).median(dim=0).values
+        cost = {"nfe": costs[0]["nfe"], "seconds_per_image": float(medians[0]), "solver_share": float(medians[1])}
+        return Target(key, images, self._seen(key, images, samples, instruments), cost)
+
+    def _render(self, key: str, samples: Samples) -> None:
+        """Renders the batches that are missing; each is on disk before the next begins."""
+        missing = [i for i in range(self._parts(samples)) if not self._part(key, i).is_file()]
+        for i in tqdm(missing, desc=f"full-step pictures, guidance {samples.guidance_scale:g}", leave=False):
+            batch = slice(i * self.sampler.batch_size, (i + 1) * self.sampler.batch_size)
+            cost = Cost()
+            (images,) = self.sampler.render(
+                self.scheduler,
+                samples.prompts[batch],
+                samples.seeds[batch],
+                self.steps,
+                samples.guidance_scale,
+                cost,
+            )
+            store(self._part(key, i), {"images": to_8_bits(images)}, cost.summary())
+
+    def _seen(
+        self, key: str, images: torch.Tensor, samples: Samples, instruments: Instruments
+    ) -> dict[str, torch.Tensor]:
+        path = self.folder / f"{key}-seen-{digest(instruments.identity)}.safetensors"
+        if (known := load(path)) is not None:
+            return known[0]
+        seen = instruments.look(images.float() / 255, samples.prompts, self.sampler.batch_size)
+        store(path, seen, {})
+        return seen
+
+    def _parts(self, samples: Samples) -> int:
+        return -(-len(samples.prompts) // self.sampler.batch_size)
+
+    def _part(self, key: str, index: int) -> Path:
+        return self.folder / key / f"{index:05d}.safetensors"
+
+
+def to_8_bits(images_NCHW: torch.Tensor) -> torch.Tensor:
+    """uint8, rounded as in a PNG file."""
+    return images_NCHW.mul(255).round().to(torch.uint8).cpu()
+
+
+def reference_images(source: str, count: int, size: tuple[int, int]) -> Iterator[torch.Tensor]:
+    """Pictures that a Fréchet distance compares with, float32 (1, 3, H, W) each.
+
+    Args:
+        source: `scenes:SPLIT`, rendered scenes of the miniature world, or a folder of images.
+        count: of scenes; of a folder all images are taken.
+        size: height and width.
+
+    Raises:
+        ValueError: the folder has fewer than two images.
+    """
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms.v2.functional import center_crop, resize
+
+    if source.startswith("scenes:"):
+        from data.scenes import Scene, render_batch
+
+        for seed in range(count):
+            scene = Scene.random(seed, source.removeprefix("scenes:"))
+            yield render_batch([scene], size).image.float() / 255
+        return
+    files = sorted(
+        path for path in Path(source).glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    )
+    if len(files) < 2:
+        raise ValueError(f"reference={source!r} has {len(files)} images; a Fréchet distance needs two or more.")
+    for path in files:
+        image = resize(decode_image(str(path), ImageReadMode.RGB), [min(size)])
+        yield center_crop(image, list(size))[None].float() / 255

@@ -1,0 +1,294 @@
+"""Hands a learned solver to others: as a solver folder, as a baked table, or inside a whole pipeline.
+
+    python -m solver.export runs/mini_sd/best --to solver out/solver
+    python -m solver.export runs/mini_sd/best --to table out/table --guidance_scale 3
+    python -m solver.export runs/mini_sd/best --to pipeline out/pipeline --model zoo/mini-sd --guidance_scale 3
+    python -m solver.export --from-public model.ckpt --to solver out/published
+
+| to       | what is in the folder                                | what it needs to load                            |
+|----------|------------------------------------------------------|--------------------------------------------------|
+| solver   | config, weights: every step count and guidance scale | this package, or the `.py` file beside it        |
+| table    | config with the numbers of one guidance scale        | the `.py` file beside it: torch, diffusers       |
+| pipeline | the model with such a table as its scheduler         | diffusers with `trust_remote_code=True`          |
+
+Each has a model card that says how to load it, with the evaluation table if `--metrics` names a metrics.json.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from solver import ConsistencySolverScheduler
+
+KINDS = ("solver", "table", "pipeline")
+CLASS_NAME = "ConsistencySolverScheduler"
+MODULE = "solver.scheduling_consistency_solver"  # what model_index.json records; it never moves
+BAKED_STEPS = range(2, 17)
+
+CARD = """\
+---
+library_name: diffusers
+license: apache-2.0
+tags: [diffusers, scheduler, consistency-solver, proofsheet]
+{base_model}---
+
+# ConsistencySolver{for_model}
+
+A linear multistep solver of order {order} whose weights{and_grid} were learned, so that few steps give the picture \
+that many steps give: same prompt, same seed, same picture. It stands on the rule `{rule}`. {what}
+
+```python
+{usage}
+```
+
+## Coefficients
+
+{steps} steps, guidance {guidance:g}: where the network is asked, and the weights on its predictions, newest first.
+
+{coefficients}
+{evaluation}
+Made with Proofsheet, after "Image Diffusion Preview with Consistency Solver", \
+[arXiv 2512.13592](https://huggingface.co/papers/2512.13592).
+"""
+WHAT = {
+    "solver": "It knows every number of steps and every guidance scale; tell it the scale, pipelines do not.",
+    "table": "The numbers for guidance {guidance:g} and {counts} steps are in `scheduler_config.json`; "
+    "there are no weights.",
+    "pipeline": "It is the scheduler of this pipeline, for guidance {guidance:g} and {counts} steps.",
+}
+LOAD_CLASS = """\
+from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+
+folder = "{folder}"  # this repository, or a copy of it; its .py file is executed
+Solver = get_class_from_dynamic_module(
+    folder, "scheduling_consistency_solver.py", class_name="ConsistencySolverScheduler", trust_remote_code=True
+)
+pipe.scheduler = Solver.from_pretrained(folder)"""
+USAGE = {
+    "solver": LOAD_CLASS + "\npipe.scheduler.guidance_scale = {guidance:g}"
+    '\npipe("...", num_inference_steps={steps}, guidance_scale={guidance:g})',
+    "table": LOAD_CLASS + '\npipe("...", num_inference_steps={steps}, guidance_scale={guidance:g})',
+    "pipeline": """\
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True)
+pipe("...", num_inference_steps={steps}, guidance_scale={guidance:g})""",
+}
+
+
+def export(
+    solver: "ConsistencySolverScheduler",
+    kind: str,
+    output: str | Path,
+    model: str | None = None,
+    guidance_scale: float | None = None,
+    steps: Sequence[int] | None = None,
+    mu: float | None = None,
+    metrics: dict | None = None,
+) -> Path:
+    """Writes a solver to a new folder and returns it.
+
+    Args:
+        solver: trained or baked.
+        kind: one of `KINDS`.
+        output: must not exist, or be empty.
+        model: hub id or local folder of the pipeline; needed for a pipeline, named on the card of the others.
+        guidance_scale: to bake for; the solver's own by default.
+        steps: to bake for; 2 to 16 by default.
+        mu: to bake a flow model with dynamic shifting for; by default that of its largest image.
+        metrics: content of metrics.json, for the card.
+
+    Raises:
+        ValueError: the folder is not empty, a pipeline without a model or of another noise schedule, or a baked solver
+            that is to get back its weights or another guidance scale.
+        OSError: there is no such model, or the folder cannot be written.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is not empty; choose a new folder.")
+    if kind == "solver":
+        if solver.policy is None:
+            raise ValueError("A baked table has no weights, so it cannot become a solver; export it as a table.")
+        exported = solver
+    else:
+        exported = _bake(solver, guidance_scale, steps, mu)
+    if kind == "pipeline":
+        _copy_pipeline(model, exported, output)
+    else:
+        exported.save_pretrained(output)
+        shutil.copy(_source_file(), output / _source_file().name)
+    guidance = solver.guidance_scale if guidance_scale is None else guidance_scale
+    (output / "README.md").write_text(model_card(exported, kind, output.name, model, guidance, metrics))
+    return output
+
+
+def _bake(solver, guidance_scale, steps, mu):
+    baked = solver.config.coefficients
+    steps = steps or ([int(count) for count in baked] if baked else BAKED_STEPS)
+    if not solver.config.use_dynamic_shifting:
+        return solver.bake(steps, guidance_scale, mu)
+    # Pipelines of these models name their own grid, and the baked residuals are applied to that.
+    grid = lambda count: [1 - i / count for i in range(count)]  # noqa: E731
+    return solver.bake(steps, guidance_scale, solver.config.max_shift if mu is None else mu, grid)
+
+
+def _copy_pipeline(model: str | None, baked, output: Path) -> None:
+    """The files of a pipeline as they are, bit for bit, with another scheduler."""
+    import diffusers
+
+    if model is None:
+        raise ValueError("A pipeline export needs --model, the pipeline that the solver was trained on.")
+    folder = Path(model) if Path(model).is_dir() else Path(diffusers.DiffusionPipeline.download(model))
+    if not (folder / "model_index.json").is_file():
+        raise OSError(f"{model!r} is no pipeline: it has no model_index.json.")
+    index = json.loads((folder / "model_index.json").read_text())
+    name = index.get("scheduler", [None, None])[1]
+    if not hasattr(diffusers, name or ""):
+        raise ValueError(f"{model!r} has the scheduler {name}, which is none of diffusers; use the original pipeline.")
+    baked.check_compatible(getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler"))
+    output.mkdir(parents=True, exist_ok=True)
+    for part in index:
+        if (folder / part).is_dir() and part != "scheduler":
+            shutil.copytree(folder / part, output / part)
+    index["scheduler"] = [MODULE, CLASS_NAME]
+    (output / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    baked.save_pretrained(output / "scheduler")
+    shutil.copy(_source_file(), output / "scheduler" / f"{MODULE}.py")
+
+
+def _source_file() -> Path:
+    """The solver's own source: one file that needs nothing of this package."""
+    return Path(__file__).with_name("scheduling_consistency_solver.py")
+
+
+def model_card(solver, kind: str, folder: str, model: str | None, guidance: float, metrics: dict | None) -> str:
+    """README.md of an export: what it is, how to load it, its coefficients, how good it is."""
+    counts = [int(count) for count in solver.config.coefficients or BAKED_STEPS]
+    facts = {"folder": folder, "guidance": guidance, "steps": 5 if 5 in counts else counts[0]}
+    facts["counts"] = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
+    on_hub = model and not Path(model).exists()
+    return CARD.format(
+        base_model=f"base_model: {model}\n" if on_hub else "",
+        for_model=f" for {model}" if model else "",
+        order=solver.config.solver_order,
+        and_grid=" and time grid" if solver.config.learn_grid else "",
+        rule=solver.config.base_rule,
+        what=WHAT[kind].format(**facts),
+        usage=USAGE[kind].format(**facts),
+        coefficients=_coefficients(solver, facts["steps"], guidance),
+        evaluation=_evaluation(metrics) if metrics else "",
+        **facts,
+    )
+
+
+def _coefficients(solver, steps: int, guidance: float) -> str:
+    if solver.config.use_dynamic_shifting:
+        table = (
+            {name: solver.config.coefficients[str(steps)][name] for name in ("timesteps", "weights")}
+            if (solver.config.coefficients)
+            else None
+        )
+        if table is None:
+            return (
+                "They depend on the size of the image; `scheduler.coefficients(steps, guidance, mu=..., sigmas=...)`."
+            )
+        timesteps, weights = table["timesteps"], table["weights"]
+    else:
+        found = solver.coefficients(steps, guidance)
+        timesteps, weights = found.timesteps.tolist(), found.weights.tolist()
+    order = len(weights[0])
+    lines = ["| step | timestep | " + " | ".join(f"w{j + 1}" for j in range(order)) + " |", "|---" * (order + 2) + "|"]
+    for i, (t, row) in enumerate(zip(timesteps, weights, strict=True)):
+        lines.append(f"| {i + 1} | {t:.1f} | " + " | ".join(f"{weight:.3f}" for weight in row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _evaluation(metrics: dict) -> str:
+    """The learned solver and, at each of its step counts, the best of the others by the main metric."""
+    main = metrics.get("main_metric") or next(iter(metrics["rows"][0]["metrics"]))
+    about = metrics.get("metrics", {})
+    names = list(about or metrics["rows"][0]["metrics"])
+    up = {name: about.get(name, {}).get("higher_is_better", True) for name in names}
+    heads = [
+        f"{name}{' †' * about.get(name, {}).get('trained_on', False)}{'' if up[name] else ' ↓'}" for name in names
+    ]
+    lines = [
+        "## Evaluation",
+        "",
+        f"{metrics['model']}, prompts from `{metrics['dataset']['prompts']}`. The best other solver by {main} beside "
+        "it, on its best grid. ± is half of the 95 % bootstrap interval; † was the reward in training.",
+        "",
+        "| guidance | steps | solver | " + " | ".join(heads) + " |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    learned = [row for row in metrics["rows"] if row["solver"] == "learned"]
+    for row in learned:
+        cell = (row["guidance_scale"], row["steps"])
+        others = [
+            other
+            for other in metrics["rows"]
+            if other["solver"] != "learned" and (other["guidance_scale"], other["steps"]) == cell
+        ]
+        sign = 1 if up[main] else -1
+        best = max(others, key=lambda other: sign * other["metrics"][main]["mean"], default=None)
+        lines += [_evaluation_line(entry, names) for entry in (row, best) if entry]
+    return "\n".join(lines) + "\n" if learned else ""
+
+
+def _evaluation_line(row: dict, names: Sequence[str]) -> str:
+    values = [row["metrics"].get(name) for name in names]
+    texts = [f"{v['mean']:.3g} ± {(v['ci95'][1] - v['ci95'][0]) / 2:.2g}" if v else "" for v in values]
+    return "| " + " | ".join([f"{row['guidance_scale']:g}", str(row["steps"]), row["solver"], *texts]) + " |"
+
+
+def load_solver(source: str | None, public: str | None) -> "ConsistencySolverScheduler":
+    """A solver from its folder or hub id, or from the public checkpoint.
+
+    Raises:
+        ValueError: neither or both are given, or it is something else than a solver.
+        OSError: there is none, or it has no weights.
+    """
+    from solver import ConsistencySolverScheduler, convert_public_checkpoint
+
+    if (source is None) == (public is None):
+        raise ValueError("Give either the folder of a solver or --from-public model.ckpt.")
+    if public is not None:
+        return convert_public_checkpoint(public)
+    return ConsistencySolverScheduler.from_pretrained(source)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m solver.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", nargs="?", help="solver folder, checkpoint of a training run, or hub id")
+    parser.add_argument("output", help="folder to make")
+    parser.add_argument("--to", choices=KINDS, required=True)
+    parser.add_argument("--from-public", metavar="CKPT", help="the public model.ckpt, in place of a source")
+    parser.add_argument("--model", help="pipeline that the solver was trained on: hub id or local folder")
+    parser.add_argument("--guidance_scale", type=float, help="to bake for; the solver's own by default")
+    parser.add_argument("--steps", type=int, nargs="+", help="to bake for; 2 to 16 by default")
+    parser.add_argument("--mu", type=float, help="shift to bake for, of flow models with dynamic shifting")
+    parser.add_argument("--metrics", type=Path, help="metrics.json of evaluate.py, for the model card")
+    return parser
+
+
+def main(args: list[str] | None = None) -> Path:
+    given = make_parser().parse_intermixed_args(args)
+    solver = load_solver(given.source, given.from_public)
+    metrics = json.loads(given.metrics.read_text()) if given.metrics else None
+    output = export(solver, given.to, given.output, given.model, given.guidance_scale, given.steps, given.mu, metrics)
+    print(f"{output}: {given.to}; its README.md says how to load it.")
+    return output
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"solver.export: {' '.join(str(error).split())}")

@@ -1,0 +1,38 @@
+"""Preview and refine on prompts that are worked out by hand."""
+
+import pytest
+import torch
+
+from evaluation.workflow import draws_until_accepted, simulate
+
+
+def table(*rows):
+    return torch.tensor([[character == "1" for character in row] for row in rows])
+
+
+def test_draws():
+    assert draws_until_accepted(table("0010", "1111", "0000")).tolist() == [3, 1, 4]
+
+
+def test_by_hand():
+    full = table("0010", "1000", "0000")
+    preview = table("0110", "0100", "1000")
+    # Full only: 3 + 1 + 4 renders. Previews first: prompt 1 looks at 3, renders the false one and the right one;
+    # prompt 2 rejects its only good seed, looks at 4, renders 1; prompt 3 looks at 4, renders 1.
+    result = simulate(preview, full, preview_cost=5, full_cost=40)
+    assert result["full_only"]["mean"] == pytest.approx(40 * 8 / 3)
+    assert result["preview_first"]["mean"] == pytest.approx((5 * 11 + 40 * 4) / 3)
+    assert result["saving"]["mean"] == pytest.approx(1 - (5 * 11 + 40 * 4) / (40 * 8))
+    assert result["false_accepts"] == pytest.approx(3 / 12)
+    assert result["false_rejects"] == pytest.approx(1 / 12)
+    assert result["full_only_success"] == pytest.approx(2 / 3)
+    assert result["preview_first_success"] == pytest.approx(1 / 3)
+
+
+def test_perfect_previews_cost_a_preview_a_seed_and_one_render():
+    full = table("0001", "0100", "0001", "1000")
+    result = simulate(full, full, preview_cost=5, full_cost=40)
+    assert result["preview_first"]["mean"] == pytest.approx(5 * 11 / 4 + 40)
+    low, high = result["saving"]["ci95"]
+    assert low <= result["saving"]["mean"] <= high
+    assert result["false_accepts"] == result["false_rejects"] == 0
