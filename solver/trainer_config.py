@@ -42,7 +42,7 @@ class ConsistencySolverConfig(TrainingArguments):
     reward_weights: list[float] | None = field(default=None, metadata={"help": "one a reward function; default 1"})
     input_gain: float = field(default=10.0, metadata={"help": "first layer of an untrained policy, times torch's own"})
     learning_rate: float = field(default=1e-3, metadata={"help": "of the optimiser"})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "see TrainingArguments"})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "see TrainingArguments; it decays to 0"})
 
     # Held-out reward
     eval_inference_steps: list[int] = field(
