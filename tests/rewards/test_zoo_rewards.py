@@ -11,15 +11,7 @@ from rewards import load_reward
 ZOO = Path(__file__).parents[2] / "zoo"
 MAXIMUM = {"depth": 80, "segmentation": 100, "clip": 100, "dino": 100}
 
-every_miniature = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=pytest.mark.skipif(not (ZOO / name).is_dir(), reason=f"zoo/{name} is not trained yet")
-        )
-        for name in MAXIMUM
-    ],
-)
+every_miniature = pytest.mark.parametrize("name", MAXIMUM)
 
 
 @pytest.fixture(scope="module")
