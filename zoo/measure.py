@@ -33,7 +33,7 @@ from data.scenes import (
     render_batch,
 )
 from rewards import load_reward
-from zoo.training import Scenes
+from zoo.training import BF16, Scenes
 
 ZOO = Path(__file__).parent
 TEACHER_STEPS, GUIDANCE = 40, 3.0
@@ -187,7 +187,7 @@ def generate(pipeline, prompts: list[str], batch: int = 50) -> Iterator[tuple[in
     for first in trange(0, len(prompts), batch, desc="pictures", mininterval=10):
         words = prompts[first : first + batch]
         generators = [torch.Generator().manual_seed(first + i) for i in range(len(words))]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
             yield (
                 first,
                 pipeline(

@@ -25,7 +25,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from trl import TrlParser
 
 from data.scenes import Scene, vocabulary
-from zoo.training import ZOO, Run, captions, fit, load_start, parameter_count, pictures, scene_batches, write_log
+from zoo.training import FUSED_ATTENTION, ZOO, Run, captions, fit, load_start, parameter_count, pictures, scene_batches, write_log
 
 TOKENS = 32
 
@@ -70,7 +70,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
             text_config={**body, **text, **special, "num_hidden_layers": 3},
             vision_config={**body, **vision},
             projection_dim=128,
-            attn_implementation="eager",  # on a CPU three times faster backwards than the fused kernel
+            attn_implementation="sdpa" if FUSED_ATTENTION else "eager",
         )
     )
 

@@ -25,7 +25,7 @@ from torchvision.ops import roi_align
 from trl import TrlParser
 
 from data.scenes import BACKGROUNDS, Scene
-from zoo.training import ZOO, Run, fit, load_start, parameter_count, pictures, scene_batches, write_log
+from zoo.training import FUSED_ATTENTION, ZOO, Run, fit, load_start, parameter_count, pictures, scene_batches, write_log
 
 MODEL_ARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 160, "depth": 5, "num_heads": 5, "dynamic_img_size": True}
 PROTOTYPES = 1024
@@ -123,7 +123,7 @@ def main() -> None:
     def batches(first: int, device: torch.device) -> Iterable[list[Scene]]:
         return scene_batches(run, first, device, all_pairs=True)
 
-    timm.layers.set_fused_attn(False)  # on a CPU faster backwards than the fused kernel
+    timm.layers.set_fused_attn(FUSED_ATTENTION)
     student = Projected()
     load_start(student.vit, run)
     dino, log = fit(Dino(student), run, loss, batches, follow)

@@ -28,7 +28,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from trl import TrlParser
 
 from data.scenes import Scene
-from zoo.training import RUNS, ZOO, Run, captions, fit, parameter_count, pictures, write_log
+from zoo.training import BF16, FUSED_ATTENTION, RUNS, ZOO, Run, captions, fit, parameter_count, pictures, write_log
 
 NOISE_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -63,7 +63,7 @@ class Denoiser(nn.Module):
             attention_head_dim=32,
             norm_num_groups=16,
         )
-        self.unet.set_attn_processor(AttnProcessor())  # on a CPU faster backwards than the fused kernel
+        self.unet.set_attn_processor(AttnProcessor2_0() if FUSED_ATTENTION else AttnProcessor())
 
     def forward(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, tokens_BL: torch.Tensor) -> torch.Tensor:
         context_BLD = self.text_encoder(tokens_BL).last_hidden_state
@@ -80,7 +80,7 @@ def latent_pool(vae: AutoencoderKL, folder: Path, count: int) -> torch.Tensor:
     chunks = []
     for first in tqdm(range(0, count, size), desc="latents", mininterval=10):
         scenes = [Scene.random(i) for i in range(first, min(first + size, count))]
-        with torch.autocast(vae.device.type, torch.bfloat16):
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=BF16):
             chunks.append(vae.encode(pictures(scenes, 64, vae.device)).latent_dist.mode().half().cpu())
     latents = (torch.cat(chunks) * vae.config.scaling_factor).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,10 +105,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = Path(run.start) if run.start else None
     vae = AutoencoderKL.from_pretrained(start / "vae" if start else RUNS / "mini-sd-vae" / "vae", dtype=torch.float32)
-    vae.to(device, memory_format=torch.channels_last)
+    vae.to(device)
     tokenizer = CLIPTokenizer.from_pretrained(start / "tokenizer" if start else ZOO / "clip")
     text_encoder = CLIPTextModel.from_pretrained(
-        start / "text_encoder" if start else ZOO / "clip", dtype=torch.float32, attn_implementation="eager"
+        start / "text_encoder" if start else ZOO / "clip",
+        dtype=torch.float32,
+        attn_implementation="sdpa" if FUSED_ATTENTION else "eager",
     )
     schedule = DDPMScheduler(num_train_timesteps=1000, **NOISE_SCHEDULE)
     latents = latent_pool(vae, RUNS / run.name, run.pool)

@@ -1,7 +1,7 @@
 """What the training scripts of the zoo share: the world as batches, and one resumable loop on accelerate.
 
-The loop keeps an exponential moving average of the weights, runs in bf16 autocast, and writes a checkpoint every few
-minutes under `runs/zoo/<name>`; the same command started again goes on from there. Batch number n is a function of n
+The loop keeps an exponential moving average of the weights, runs in bf16 autocast where the hardware multiplies in it,
+and writes a checkpoint every few minutes under `runs/zoo/<name>`; the same command started again goes on from there. Batch number n is a function of n
 alone, so a resumed run sees what an uninterrupted one would have seen. A later run begins with landed weights:
 `--start zoo/<name> --name <name>-2`.
 """
@@ -27,6 +27,10 @@ from data.scenes import COLOURS, Scene, caption, render_batch
 
 ZOO = Path(__file__).parent
 RUNS = ZOO.parent / "runs" / "zoo"
+
+ON_GPU = torch.cuda.is_available()
+BF16 = ON_GPU or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # elsewhere hundreds of times slower than float32
+FUSED_ATTENTION = ON_GPU or not BF16  # in bf16 on a CPU, the fused kernel is two to three times slower backwards
 
 
 @dataclass
@@ -100,7 +104,7 @@ def fit(
         batches: `batches(first_step, device)` iterates over batches from that step on.
         after_step: `after_step(network, step)` is called after an update, for teachers that follow the network.
     """
-    accelerator = Accelerator(mixed_precision="bf16", log_with=None)
+    accelerator = Accelerator(mixed_precision="bf16" if BF16 else "no", log_with=None)
     folder = RUNS / run.name
     folder.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in network.parameters() if p.requires_grad]
