@@ -5,7 +5,7 @@
     accelerate launch train.py --config configs/mini_sd.yaml --resume_from_checkpoint last
 
 Leaves in `output_dir`: checkpoint-N, each a solver that can be loaded and resumed; best, the solver of the highest
-held-out reward; contact_sheets; the logs of `report_to`.
+held-out reward; contact_sheets; trainer_state.json, the log; what `report_to` writes.
 """
 
 from solver.run_config import SolverRunConfig
@@ -35,6 +35,7 @@ def train(config: SolverRunConfig, args) -> None:
     checkpoint = {"last": True}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_state()
     finally:
         trainer.end()
 
