@@ -1,4 +1,4 @@
-"""One picture at a time: what `sample.py` does with its arguments."""
+"""One picture at a time: what the `solver` and `refine` commands of `sample.py` do with their arguments."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,6 +60,13 @@ def sample(
     )[0]
     images_BCHW = decode(pipe, unpack(pipe, latents, shape))
     return pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(images_BCHW))[0]
+
+
+def render_png(pipe: DiffusionPipeline, facts: Mapping[str, object], steps: int, path: Path, solver: str) -> Path:
+    """The picture of `facts` (what `sample` takes, and the model) in a PNG that remembers them, and the solver."""
+    image = sample(pipe, steps=steps, **{key: value for key, value in facts.items() if key != "model"})
+    save_png(image, path, {**facts, "solver": solver, "steps": steps})
+    return path
 
 
 def save_png(image: Image.Image, path: Path, facts: Mapping[str, object]) -> None:

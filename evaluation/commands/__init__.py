@@ -1,0 +1,50 @@
+"""The commands of `sample.py`, a module each, with two functions:
+
+    add_arguments(parser)   # of argparse
+    run(given)              # the parsed arguments; returns the file it wrote
+
+All modules are imported to parse, so whatever is heavy is imported inside `run`: `--help` answers at once. That is
+also why they are here and not in `solver`, which cannot be imported without torch.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+KEPT = ("model", "prompt", "seed", "guidance_scale", "height", "width")  # what a PNG remembers of its picture
+
+
+def add_picture_arguments(parser: ArgumentParser) -> None:
+    """Which picture: model, prompt, seed, guidance, size; where it is made and written."""
+    parser.add_argument("--model", help="pipeline: hub id or local folder")
+    parser.add_argument("--prompt")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--guidance_scale", type=float, help="default 3")
+    parser.add_argument("--height", type=int, help="in pixels; the pipeline's own by default")
+    parser.add_argument("--width", type=int, help="in pixels; the pipeline's own by default")
+    add_output_arguments(parser)
+
+
+def add_output_arguments(parser: ArgumentParser) -> None:
+    """Where a picture is made and written."""
+    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--device", help="the GPU if there is one, by default")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+
+
+def picture_facts(given: Namespace, remembered: dict | None = None) -> dict:
+    """Which picture is meant: what was given, over what a file remembers.
+
+    Raises:
+        ValueError: model, prompt or seed is in neither.
+    """
+    facts = (remembered or {}) | {key: getattr(given, key) for key in KEPT if getattr(given, key) is not None}
+    facts.setdefault("guidance_scale", 3.0)
+    if missing := [f"--{key}" for key in ("model", "prompt", "seed") if key not in facts]:
+        raise ValueError(f"{', '.join(missing)}: needed to know which picture is meant.")
+    return facts
+
+
+def check_steps(steps: int) -> None:
+    """Raises ValueError for less than one step."""
+    if steps < 1:
+        raise ValueError(f"--steps {steps}: expected at least 1.")

@@ -1,0 +1,30 @@
+"""A picture in a few steps of a learned solver.
+
+    python sample.py solver --model zoo/mini-sd --solver runs/mini_sd/best --steps 5 \\
+        --prompt "a small red ring above a blue cube" --seed 7 --output preview.png
+
+The PNG remembers in its text chunks how it was made; `refine --preview` reads them back.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from evaluation.commands import add_picture_arguments, check_steps, picture_facts
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_picture_arguments(parser)
+    parser.add_argument("--solver", required=True, help="solver folder or hub id")
+    parser.add_argument("--steps", type=int, default=5)
+
+
+def run(given: Namespace) -> Path:
+    """Writes the picture. Raises ValueError or OSError as `evaluation.single` says."""
+    check_steps(given.steps)
+    from evaluation.rendering import load_pipeline
+    from evaluation.single import render_png, solver_scheduler
+
+    facts = picture_facts(given)
+    pipe = load_pipeline(facts["model"], given.dtype, given.device)
+    pipe.scheduler = solver_scheduler(given.solver, pipe.scheduler, facts["guidance_scale"])
+    return render_png(pipe, facts, given.steps, given.output, solver=given.solver)
