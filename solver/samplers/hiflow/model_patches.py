@@ -1,0 +1,190 @@
+"""What HiFlow changes inside a FLUX-type transformer while a large stage runs; nothing is left of it afterwards.
+
+    with ExitStack() as patches:
+        patches.enter_context(rope_base(pipe, factor=10))
+        patches.enter_context(attention_scale(pipe.transformer, tokens=16384, base_tokens=4096))
+
+* `rope_base`: NTK-aware positions, the base of the rotary embedding times a factor.
+* `attention_scale`: proportional attention, logits times √(ln L / ln L₀) for L keys instead of the usual L₀.
+* `repeated_text`: one copy of the text a base-size tile of the image.
+* `shifted_patches`: the 2 x 2 patch grid moved by one latent pixel at every other step.
+
+All of them are module hooks and attributes, so they work under LoRA, ControlNet, offloading, quantised linear layers
+and any attention backend. Source: arXiv 2504.06232 and its public code, after I-Max, arXiv 2410.07536.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+
+
+def takes_patches(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline's transformer is of the FLUX type, which is what these patches are written for."""
+    transformer = pipe.components.get("transformer")
+    return isinstance(getattr(transformer, "_orig_mod", transformer), FluxTransformer2DModel)  # compiled ones too
+
+
+@contextmanager
+def rope_base(pipe: DiffusionPipeline, factor: float) -> Iterator[None]:
+    """Inside, the rotary embeddings of the transformer, and of its ControlNets, have their base times `factor`."""
+    embeddings = [
+        module
+        for name in ("transformer", "controlnet")
+        if isinstance(pipe.components.get(name), nn.Module)
+        for module in pipe.components[name].modules()
+        if hasattr(module, "theta") and hasattr(module, "axes_dim")
+    ]
+    before = [module.theta for module in embeddings]
+    try:
+        for module in embeddings:
+            module.theta = module.theta * factor
+        yield
+    finally:
+        for module, theta in zip(embeddings, before, strict=True):
+            module.theta = theta
+
+
+@contextmanager
+def attention_scale(transformer: nn.Module, tokens: int, base_tokens: int, text_copies: int = 1) -> Iterator[None]:
+    """Inside, attention logits are √(ln L / ln L₀) times as large; 1 where the image has the base size.
+
+    L counts all keys: the stage's image tokens, those of a condition image, the text with its copies. L₀ counts the
+    same for an image of the base size and one copy. The factor goes onto the normalised queries.
+
+    Args:
+        transformer: gets the hooks.
+        tokens: image tokens of the stage.
+        base_tokens: image tokens at the base size.
+        text_copies: as `repeated_text` makes them.
+
+    Raises:
+        ValueError: no attention layer has a query norm.
+    """
+    norms = [
+        norm
+        for attention in transformer.modules()
+        for name in ("norm_q", "norm_added_q")
+        if isinstance(norm := getattr(attention, name, None), nn.Module)
+    ]
+    if not norms:
+        raise ValueError(
+            f"{type(transformer).__name__} has no query norms, which proportional attention scales. "
+            "Switch it off: replace(recipe, proportional_attention=False)."
+        )
+    factor = 1.0
+
+    def measure(_, args, given):
+        nonlocal factor
+        image = given["hidden_states"].shape[1]
+        text = given["encoder_hidden_states"].shape[1]
+        extra = image - tokens  # of a condition image
+        factor = math.sqrt(math.log(tokens + extra + text * text_copies) / math.log(base_tokens + extra + text))
+
+    def scale(_, args, output):
+        return output * factor
+
+    with _hooked(
+        transformer.register_forward_pre_hook(measure, with_kwargs=True),
+        *[norm.register_forward_hook(scale) for norm in norms],
+    ):
+        yield
+
+
+@contextmanager
+def repeated_text(transformer: nn.Module, copies: tuple[int, int], tile: tuple[int, int]) -> Iterator[None]:
+    """Inside, the text tokens come r_h · r_w times, copy (i, j) at the position of tile (i, j) of the image.
+
+    Args:
+        transformer: gets the hook.
+        copies: (r_h, r_w), how many tiles of the base size fit into the image.
+        tile: height and width of the base image, in patches.
+    """
+    offsets = [(i * tile[0], j * tile[1]) for i in range(copies[0]) for j in range(copies[1])]
+
+    def repeat(_, args, given):
+        ids = given["txt_ids"].float()
+        given["txt_ids"] = torch.cat([ids + ids.new_tensor([0, *offset]) for offset in offsets])
+        given["encoder_hidden_states"] = given["encoder_hidden_states"].repeat(1, len(offsets), 1)
+        return args, given
+
+    with _hooked(transformer.register_forward_pre_hook(repeat, with_kwargs=True)):
+        yield
+
+
+@contextmanager
+def shifted_patches(pipe: DiffusionPipeline, grid: tuple[int, int], is_shifted: Callable[[], bool]) -> Iterator[None]:
+    """Inside, whenever `is_shifted()`, the network sees the latent with a border of one pixel, its answer without.
+
+    That moves the 2 x 2 patches by one latent pixel, so that their seams do not fall onto the same place at each step.
+    The public code pads the state itself, with zeros, and has to crop it, the reference and the velocities along with
+    it. Here the state keeps its size; the border is a reflection, and position ids are half a patch off, where the
+    moved patches really are.
+
+    Args:
+        pipe: a FLUX-type pipeline; a ControlNet of it is shifted too.
+        grid: height and width of the image in patches.
+        is_shifted: asked at each evaluation.
+    """
+    height, width = grid
+    tokens = height * width
+
+    def pad(packed_BND: Tensor) -> Tensor:
+        latents = _unpack(packed_BND[:, :tokens], height, width)
+        padded = _pack(F.pad(latents, (1, 1, 1, 1), mode="reflect"))
+        return torch.cat([padded, packed_BND[:, tokens:]], dim=1)
+
+    def shift(_, args, given):
+        if not is_shifted():
+            return None
+        given["hidden_states"] = pad(given["hidden_states"])
+        given["img_ids"] = _half_a_patch_off(given["img_ids"].float(), height, width)
+        if (condition := given.get("controlnet_cond")) is not None:
+            given["controlnet_cond"] = [pad(c) for c in condition] if isinstance(condition, list) else pad(condition)
+        return args, given
+
+    def crop(_, args, given, output):
+        if not is_shifted():
+            return None
+        latents = _unpack(output[0][:, : (height + 1) * (width + 1)], height + 1, width + 1)
+        sample = torch.cat([_pack(latents[..., 1:-1, 1:-1]), output[0][:, (height + 1) * (width + 1) :]], dim=1)
+        return (sample,) if isinstance(output, tuple) else type(output)(sample=sample)
+
+    networks = [pipe.transformer]
+    if isinstance(pipe.components.get("controlnet"), nn.Module):
+        networks.append(pipe.controlnet)
+    with _hooked(
+        *[network.register_forward_pre_hook(shift, with_kwargs=True) for network in networks],
+        pipe.transformer.register_forward_hook(crop, with_kwargs=True),
+    ):
+        yield
+
+
+def _half_a_patch_off(ids_N3: Tensor, height: int, width: int) -> Tensor:
+    rows = torch.arange(height + 1, device=ids_N3.device) - 0.5
+    columns = torch.arange(width + 1, device=ids_N3.device) - 0.5
+    positions = torch.cartesian_prod(rows, columns)
+    image = torch.cat([ids_N3[0, 0].expand(len(positions), 1), positions], dim=1)
+    return torch.cat([image, ids_N3[height * width :]])
+
+
+def _unpack(packed_BND: Tensor, height: int, width: int) -> Tensor:
+    """Patches to latents: (B, h w, 4 C) -> (B, C, 2 h, 2 w)."""
+    return F.pixel_shuffle(packed_BND.transpose(1, 2).unflatten(2, (height, width)), 2)
+
+
+def _pack(latents_BCHW: Tensor) -> Tensor:
+    return F.pixel_unshuffle(latents_BCHW, 2).flatten(2).transpose(1, 2)
+
+
+@contextmanager
+def _hooked(*handles) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

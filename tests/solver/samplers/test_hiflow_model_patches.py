@@ -1,0 +1,175 @@
+"""What is changed inside the transformer for a stage, and that nothing of it stays."""
+
+import math
+
+import pytest
+import torch
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from tiny_pipelines import tiny_pipeline
+
+from solver.samplers.hiflow.model_patches import (
+    _pack,
+    _unpack,
+    attention_scale,
+    repeated_text,
+    rope_base,
+    shifted_patches,
+    takes_patches,
+)
+
+GRID = 8  # patches a side
+TOKENS = GRID**2
+WORDS = 5
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline("flux")[0]
+
+
+def inputs(extra=0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    ids = torch.stack([torch.zeros(GRID, GRID), rows, columns], dim=-1).flatten(0, 1)
+    condition = torch.zeros(extra, 3)
+    condition[:, 0] = 1
+    return {
+        "hidden_states": torch.randn(2, TOKENS + extra, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(2, WORDS, 16, generator=generator),
+        "pooled_projections": torch.randn(2, 16, generator=generator),
+        "timestep": torch.tensor([0.6, 0.6]),
+        "guidance": torch.tensor([3.5, 3.5]),
+        "txt_ids": torch.zeros(WORDS, 3),
+        "img_ids": torch.cat([ids, condition]),
+    }
+
+
+@torch.no_grad()
+def evaluate(pipe, **given):
+    return pipe.transformer(**given, return_dict=False)[0]
+
+
+def test_packing_is_that_of_the_pipeline():
+    latents = torch.randn(2, 4, 6, 10)
+    assert torch.equal(_pack(latents), FluxPipeline._pack_latents(latents, 2, 4, 6, 10))
+    assert torch.equal(_unpack(_pack(latents), 3, 5), latents)
+
+
+def test_only_flux_type_pipelines_take_patches():
+    expected = {"flux": True, "flux-kontext": True, "sd3": False, "sd": False, "qwen-image": False}
+    assert {family: takes_patches(tiny_pipeline(family)[0]) for family in expected} == expected
+
+
+def test_nothing_is_left(pipe):
+    given = inputs()
+    before = evaluate(pipe, **given)
+    patches = [
+        rope_base(pipe, 10),
+        attention_scale(pipe.transformer, TOKENS, 16),
+        repeated_text(pipe.transformer, (2, 2), (4, 4)),
+        shifted_patches(pipe, (GRID, GRID), lambda: True),
+    ]
+    for patch in patches:
+        with patch:
+            assert not torch.allclose(evaluate(pipe, **given), before, atol=1e-4)
+        assert torch.equal(evaluate(pipe, **given), before)
+    with pytest.raises(KeyError), rope_base(pipe, 10):
+        raise KeyError
+    assert pipe.transformer.pos_embed.theta == 10000
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.transformer.modules())
+
+
+def test_rope_base_stretches_the_wavelengths(pipe):
+    """cos(p / θ^(2i/d)): after ten-fold θ, dimension 2i of d shows at position p · 10^(2i/d) what it showed at p."""
+    positions = torch.tensor([[0.0, 3.0, 5.0]])
+    with rope_base(pipe, 10):
+        cos, _ = pipe.transformer.pos_embed(positions)
+    expected = torch.cos(5.0 / 100000 ** (torch.arange(0, 8, 2) / 8))
+    torch.testing.assert_close(cos[0, 8::2].float(), expected)
+
+
+def test_logits_grow_with_the_logarithm_of_the_keys(pipe):
+    """Against attention written out: the same network with queries scaled by hand."""
+    given = inputs()
+    factor = math.sqrt(math.log(TOKENS + WORDS) / math.log(16 + WORDS))
+    with attention_scale(pipe.transformer, TOKENS, 16):
+        scaled = evaluate(pipe, **given)
+    for block in [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]:
+        for name in ("norm_q", "norm_added_q"):
+            if getattr(block.attn, name, None) is not None:
+                getattr(block.attn, name).weight.data *= factor
+    torch.testing.assert_close(evaluate(pipe, **given), scaled, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_scale_is_that_of_flux_at_2k_and_4k():
+    """The public code's numbers, 1.074 and 1.147 for 512 words, seen on the queries themselves."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm_q = torch.nn.Identity()
+
+        def forward(self, hidden_states, encoder_hidden_states):
+            return self.norm_q(torch.ones(1))
+
+    network, text = Attention(), torch.empty(1, 512, 0)
+    for tokens, expected in ((4096, 1.0), (16384, 1.0745), (65536, 1.1473)):
+        with attention_scale(network, tokens, 4096):
+            got = network(hidden_states=torch.empty(1, tokens, 0), encoder_hidden_states=text)
+        assert got.item() == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(ValueError, match="proportional_attention"), attention_scale(torch.nn.Identity(), 4, 2):
+        pass
+
+
+def test_text_copies_sit_where_their_tiles_are(pipe):
+    seen = {}
+
+    def look(_, args, kwargs):
+        seen.update(kwargs)
+
+    with repeated_text(pipe.transformer, (2, 3), (4, 2)):
+        handle = pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
+        given = inputs()
+        evaluate(pipe, **given)
+        handle.remove()
+    assert seen["encoder_hidden_states"].shape == (2, 6 * WORDS, 16)
+    assert torch.equal(seen["encoder_hidden_states"][:, -WORDS:], given["encoder_hidden_states"])
+    assert seen["txt_ids"][::WORDS, 1:].tolist() == [[0, 0], [0, 2], [0, 4], [4, 0], [4, 2], [4, 4]]
+    assert given["txt_ids"].shape == (WORDS, 3)
+
+
+@pytest.mark.parametrize("extra", [0, 6])
+def test_a_shifted_network_that_only_looks_at_pixels_answers_the_same(pipe, extra):
+    """With attention and positions out of the way, patches shifted there and back leave every pixel in its place."""
+    given = inputs(extra)
+    network = pipe.transformer
+    network.transformer_blocks, network.single_transformer_blocks = torch.nn.ModuleList(), torch.nn.ModuleList()
+    linear = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))  # mixes channels, not pixels
+    weight = torch.kron(linear, torch.eye(4))
+    network.x_embedder = torch.nn.Linear(16, 16, bias=False)
+    network.x_embedder.weight.data = weight
+    network.norm_out = type("Plain", (torch.nn.Module,), {"forward": lambda self, x, temb: x})()
+    network.proj_out = torch.nn.Identity()
+    expected = evaluate(pipe, **given)
+    shapes = []
+    network.x_embedder.register_forward_hook(lambda _, args, output: shapes.append(output.shape[1]))
+    with shifted_patches(pipe, (GRID, GRID), lambda: True):
+        torch.testing.assert_close(evaluate(pipe, **given), expected)
+    assert shapes == [(GRID + 1) ** 2 + extra]
+
+
+def test_shifted_positions_are_half_a_patch_off(pipe):
+    seen = []
+    pipe.transformer.pos_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with shifted_patches(pipe, (GRID, GRID), lambda: True):
+        evaluate(pipe, **inputs(extra=2))
+    ids = seen[0][WORDS:]
+    assert ids[0].tolist() == [0, -0.5, -0.5] and ids[(GRID + 1) ** 2 - 1].tolist() == [0, GRID - 0.5, GRID - 0.5]
+    assert ids[-2:, 0].tolist() == [1, 1]
+
+
+def test_shift_only_when_asked(pipe):
+    given, steps = inputs(), iter([False, False])
+    before = evaluate(pipe, **given)
+    with shifted_patches(pipe, (GRID, GRID), lambda: next(steps)):
+        assert torch.equal(evaluate(pipe, **given), before)
