@@ -1,6 +1,7 @@
 """Edits of scenes of the miniature world: an instruction in words, and the scene it should lead to."""
 
 import random
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,17 @@ if TYPE_CHECKING:
 
 EDITS = ("recolour", "remove", "add", "move", "replace", "background")
 
+_PHRASES = {
+    "recolour": ("make {} {}", "turn {} {}", "paint {} {}"),
+    "remove": ("remove {}", "take away {}"),
+    "add": ("add a {}",),
+    "move": ("move {} {}",),
+    "replace": ("replace {} with {}",),
+    "background": ("change the background to {}", "put it against {}"),
+}
 _PLURAL = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
 _NUMBERS = ("the", "both", "all three", "all four")
-_DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+_DIRECTIONS = {"to the left": (-1, 0), "to the right": (1, 0), "up": (0, -1), "down": (0, 1)}
 _SETTING = {
     "sky": "the sky",
     "dusk": "dusk",
@@ -57,6 +66,26 @@ def edit(scene: Scene, rng: random.Random, kind: str | None = None) -> tuple[str
     raise ValueError(f"No {kind or 'edit'} was found for this scene of {len(scene.solids)} solids: {scene}.")
 
 
+def numbered_edit(number: int, split: str = "train") -> tuple[str, Scene, Scene]:
+    """Instruction, source and edited scene of edit number `number` of a split: a pure function of both.
+
+    The source is `Scene.random(number, split)`.
+
+    Raises:
+        ValueError: if `split` is not one of `data.world.SPLITS`.
+    """
+    scene = Scene.random(number, split)
+    instruction, edited = edit(scene, random.Random(f"edit:{split}:{int(number)}"))
+    return instruction, scene, edited
+
+
+def edit_vocabulary() -> list[str]:
+    """Every word that an instruction can hold, sorted."""
+    texts = [*COLOURS, *SHAPES, *SIZES, *FINISHES, *_PLURAL.values(), *_NUMBERS, *_DIRECTIONS, *_SETTING.values()]
+    texts += [phrase for phrases in _PHRASES.values() for phrase in phrases]
+    return sorted({word for text in texts for word in re.findall(r"[a-z]+", text)})
+
+
 def _name(group: list[Solid]) -> str:
     """The red ball; both red balls."""
     shape, colour = group[0].pair
@@ -80,7 +109,7 @@ def _recoloured(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:
     if any(solid.pair == (group[0].shape, colour) for solid in scene.solids):
         return None
     edited = _with(scene, group, [replace(solid, colour=colour) for solid in group])
-    words = rng.choice(("make {} {}", "turn {} {}", "paint {} {}"))
+    words = rng.choice(_PHRASES["recolour"])
     return edited and (words.format(_name(group), colour), edited)
 
 
@@ -89,7 +118,7 @@ def _removed(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:
     if len(groups) < 2:
         return None
     group = rng.choice(groups)
-    return rng.choice(("remove {}", "take away {}")).format(_name(group)), _with(scene, group, [])
+    return rng.choice(_PHRASES["remove"]).format(_name(group)), _with(scene, group, [])
 
 
 def _added(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:
@@ -101,20 +130,19 @@ def _added(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:
     if placed is None or any(other.pair == placed.pair for other in scene.solids):
         return None
     finish = "" if placed.finish == "plain" else f"{placed.finish} "
-    words = f"add a {placed.size} {finish}{placed.colour} {placed.shape}"
-    return words, replace(scene, solids=nearest_last([*scene.solids, placed]))
+    words = f"{placed.size} {finish}{placed.colour} {placed.shape}"
+    return _PHRASES["add"][0].format(words), replace(scene, solids=nearest_last([*scene.solids, placed]))
 
 
 def _moved(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:
     group = rng.choice(scene.groups())
     if len(group) > 1:
         return None
-    word, (dx, dy) = rng.choice(list(_DIRECTIONS.items()))
+    direction, (dx, dy) = rng.choice(list(_DIRECTIONS.items()))
     step = rng.uniform(0.25, 0.4)
     moved = replace(group[0], x=group[0].x + step * dx, y=group[0].y + step * dy)
     edited = _with(scene, group, [moved])
-    direction = f"to the {word}" if dx else word
-    return edited and (f"move {_name(group)} {direction}", edited)
+    return edited and (_PHRASES["move"][0].format(_name(group), direction), edited)
 
 
 def _replaced(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:
@@ -124,12 +152,12 @@ def _replaced(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:
         return None
     edited = _with(scene, group, [replace(solid, shape=shape, colour=colour) for solid in group])
     what = f"a {colour} {shape}" if len(group) == 1 else f"{colour} {_PLURAL[shape]}"
-    return edited and (f"replace {_name(group)} with {what}", edited)
+    return edited and (_PHRASES["replace"][0].format(_name(group), what), edited)
 
 
 def _moved_elsewhere(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:
     background = rng.choice(BACKGROUNDS)
-    words = rng.choice(("change the background to {}", "put it against {}"))
+    words = rng.choice(_PHRASES["background"])
     return words.format(_SETTING[background]), replace(scene, background=background)
 
 

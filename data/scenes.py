@@ -11,7 +11,7 @@
 """
 
 from data.captions import QUESTIONS, Caption, Phrase, caption, check, parse, vocabulary
-from data.edits import EDITS, edit
+from data.edits import EDITS, edit, edit_vocabulary, numbered_edit
 from data.rendering import Render, render, render_batch
 from data.world import (
     BACKGROUNDS,
@@ -48,6 +48,8 @@ __all__ = [
     "check",
     "class_id",
     "edit",
+    "edit_vocabulary",
+    "numbered_edit",
     "parse",
     "render",
     "render_batch",
