@@ -333,6 +333,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         solver_order (`int`): M, the length of the history.
         base_rule (`str`): a key of `BASE_RULES`; the residuals are added to its weights.
         lower_order_final (`bool`): the base rule is first order in the last step of less than 15 (as in diffusers).
+        learn_weights (`bool`): M-1 actions a step, on the weights; without, they are the base rule's on the grid.
         learn_grid (`bool`): one more action a step, on the log-SNR gap.
         head, num_bins, hidden_dim, inputs: the policy; `inputs` is `"noise_levels"` or `"published"` (two timesteps).
         weight_bound, grid_bound (`float`): largest residual on a weight and on the log of a gap.
@@ -373,6 +374,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         solver_order: int = 4,
         base_rule: str = "dpm2m",
         lower_order_final: bool = True,
+        learn_weights: bool = True,
         learn_grid: bool = True,
         head: str = "gaussian",
         num_bins: int = 11,
@@ -444,7 +446,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
 
     def action_ranges(self) -> list[tuple[float, float]]:
         """Lowest and highest value of each of the D actions: M-1 weight residuals, then the grid if it is learned."""
-        config, dims = self.config, self.config.solver_order - 1
+        config, dims = self.config, self._weight_actions
         if config.head == "gaussian":
             ranges = [(-config.weight_bound, config.weight_bound)] * dims
         else:
@@ -632,12 +634,16 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
     @property
     def num_actions(self) -> int:
         """D: the weight residuals of a step (order - 1), and one for the grid if it is learned (the last)."""
-        return self.config.solver_order - 1 + int(self.config.learn_grid)
+        return self._weight_actions + int(self.config.learn_grid)
+
+    @property
+    def _weight_actions(self) -> int:
+        return self.config.solver_order - 1 if self.config.learn_weights else 0
 
     def action_mask(self, num_inference_steps: int) -> Tensor:
         """Which actions matter, bool `(K, D)`: weight residual d (from 1) from history d + 1 on; the grid's always."""
         history_K = history_lengths(num_inference_steps, self.config.solver_order)
-        weights = torch.arange(1, self.config.solver_order) < history_K[:, None]
+        weights = torch.arange(1, 1 + self._weight_actions) < history_K[:, None]
         return F.pad(weights, (0, int(self.config.learn_grid)), value=True)
 
     def policy_inputs(self, num_inference_steps: int, guidance_scale: float | None = None, **grid) -> Tensor:
@@ -676,7 +682,9 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         actions = actions.cpu().double()
         if self.config.learn_grid:
             timesteps, points = self._move_grid(timesteps, points, actions[..., -1])
-        weights = self._base_weights(points) + self._weight_residuals(actions[..., : self.config.solver_order - 1])
+        weights = self._base_weights(points)
+        if self.config.learn_weights:
+            weights = weights + self._weight_residuals(actions[..., : self._weight_actions])
         timesteps, sigmas = (x.expand(*actions.shape[:-2], x.shape[-1]) for x in (timesteps, points.s))
         return SolverTable(timesteps.float(), sigmas.float(), weights.float())
 

@@ -309,5 +309,5 @@ def _check_solver(scheduler: ConsistencySolverScheduler, pipe: DiffusionPipeline
     if scheduler.policy is None:
         raise ValueError("This solver is baked: it has no policy to train. Load the one that it was baked from.")
     if not scheduler.num_actions:
-        raise ValueError("A solver of order 1 without a learned grid has no actions: set solver_order or learn_grid.")
+        raise ValueError("This solver has no actions: set learn_grid, or learn_weights and an order above 1.")
     scheduler.check_compatible(pipe.scheduler)

@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 from solver import ConsistencySolverScheduler, SolverTable
-from solver.scheduling_consistency_solver import BASE_RULES, live_weights
+from solver.scheduling_consistency_solver import BASE_RULES, Grid, dpm2m, live_weights
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DDIM = {**SD, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
@@ -394,7 +394,17 @@ def test_action_mask():
     """Dim d (from 1) is live from history d + 1 on, that is from step d (from 0); the grid's everywhere."""
     expected = [[d <= i for d in (1, 2, 3)] + [True] for i in range(5)]
     assert solver().action_mask(5).tolist() == expected
+    assert solver(learn_weights=False).action_mask(2).tolist() == [[True], [True]]
     assert solver(learn_grid=False, order=1).action_mask(3).shape == (3, 0)
+
+
+def test_grid_alone_keeps_the_base_rule():
+    """Without learned weights they are those of the base rule, evaluated on the moved grid."""
+    ours = solver(learn_weights=False, base_rule="dpm2m", lower_order_final=False)
+    table = ours.table_from_actions(random_actions(ours, 6), 6)
+    expected = dpm2m(Grid.variance_preserving(table.sigmas.double()), 4).float()
+    torch.testing.assert_close(table.weights, expected, rtol=1e-4, atol=1e-4)
+    assert not table.weights.equal(ours.table_from_actions(torch.zeros(6, 1), 6).weights)
 
 
 # -- the policy -------------------------------------------------------------------------------------------------------
