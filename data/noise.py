@@ -18,7 +18,7 @@ def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
 
     Args:
         seeds: B integers.
-        shape: (C, H, W) of one row: `data.latents.latent_shape(pipeline)`, unpacked for packed families as well.
+        shape: of one row, unpacked, e.g. (C, H, W): `solver.samplers.latents.latent_shape(pipeline)`.
 
     Returns:
         float32 (B, C, H, W) on the CPU. Row b depends on `seeds[b]` and `shape` only.

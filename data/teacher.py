@@ -15,10 +15,10 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torchvision.io import encode_png
 
-from data.latents import decode, default_size, latent_shape, pack, unpack
 from data.noise import initial_noise, noise_check
 from data.shards import to_bytes
 from rewards import Reward
+from solver.samplers.latents import decode, default_size, latent_shape, pack, unpack
 
 # They draw noise on the way: the same seed would not give the same picture.
 STOCHASTIC = ("Ancestral", "SDE", "DDPM", "LCM", "TCD", "SASolver")
@@ -128,6 +128,24 @@ class Teacher:
         ]
 
 
+def open_pipeline(model: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """A stock pipeline on the CPU with the scheduler that it came with, silent.
+
+    Args:
+        model: hub id or local folder.
+        dtype: of everything but the VAE, which stays in float32: it runs once a picture, and overflows in float16.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    pipe = DiffusionPipeline.from_pretrained(model, dtype={"default": dtype, "vae": torch.float32})
+    for part in map(pipe.components.get, ("unet", "vae")):
+        if part is not None:
+            part.to(memory_format=torch.channels_last)  # what convolutions are fastest in
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def load_pipeline(
     model: str,
     scheduler: str,
@@ -149,10 +167,9 @@ def load_pipeline(
         ValueError: there is no such scheduler, it takes no such argument, it draws noise of its own, or it is
             not made for the model's kind of noise schedule.
     """
-    pipe = DiffusionPipeline.from_pretrained(model, dtype={"default": dtype, "vae": torch.float32})
+    pipe = open_pipeline(model, dtype)
     pipe.scheduler = make_scheduler(scheduler, scheduler_kwargs or {}, pipe.scheduler)
     pipe.vae.enable_slicing()  # a batch of large pictures in float32 would not fit on most GPUs
-    pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 

@@ -1,8 +1,13 @@
 """Pictures from stock pipelines: the same noise for every solver, network evaluations counted, time taken.
 
+The first evaluation of a prompt is the same for every solver that starts at the same timestep, and the second one for
+all multistep solvers on the same grid, since all begin with a DDIM step. A sampler makes such evaluations once. They
+count for every solver that asked for them, in evaluations and in seconds; only the wait for the table gets shorter.
+
 Shape suffixes: B images, C H W.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +19,16 @@ from accelerate.utils import convert_to_fp32
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.hooks import HookRegistry, ModelHook
 
-from data.latents import decode, latent_shape, pack, unpack
 from data.noise import initial_noise
+from data.teacher import open_pipeline
 from solver.prompt_embeddings import PromptEmbeddings
 from solver.rollout import replaced
+from solver.samplers.latents import decode, latent_shape, pack, unpack
 
 SCHEDULER_CALLS = ("set_timesteps", "scale_model_input", "step")
 STOCHASTIC_SEED = 1 << 32  # schedulers that draw noise on the way must not draw the initial noise again
+SHARED_CALLS = 2  # of a run, in which solvers can coincide; from the third one on each goes its own way
+SAME_INPUT = 1e-4  # largest difference of two inputs, of unit variance, that count as one: float32 rounding
 
 
 def load_pipeline(model: str, dtype: str, device: str | None) -> DiffusionPipeline:
@@ -30,20 +38,23 @@ def load_pipeline(model: str, dtype: str, device: str | None) -> DiffusionPipeli
         OSError: there is no such pipeline.
     """
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, dtype={"default": getattr(torch, dtype), "vae": torch.float32})
+        pipe = open_pipeline(model, getattr(torch, dtype))
     except OSError as error:
         raise OSError(f"model {model!r} is no pipeline folder here, and none on the hub or in its cache.") from error
-    pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+class NotFiniteError(ValueError):
+    """A solver diverged: its pictures are NaN or infinite."""
 
 
 @dataclass
 class Cost:
-    """What rendering took, a number a batch.
+    """What rendering costs a user, who shares no evaluations: a number a batch.
 
     Attributes:
         evaluations: calls of the denoiser; with guidance, one evaluates the prompt and the empty prompt together.
-        seconds: wall time of an image, decoding included.
+        seconds: wall time of an image, decoding included; a shared evaluation counts with the mean time of one.
         solver_share: of the pipeline's time, spent in the scheduler.
     """
 
@@ -63,19 +74,78 @@ class Cost:
         return {"nfe": self.evaluations[0], **times}
 
 
-class Evaluations(ModelHook):
-    """Counts the calls of a denoiser; with `autocast` it computes in bfloat16 and answers in float32."""
+class SharedEvaluations:
+    """Outputs of a denoiser by what it was asked, kept on the CPU."""
 
-    def __init__(self, autocast: bool = False):
+    def __init__(self):
+        self._known: dict[tuple, list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]] = {}
+
+    def find(self, question: tuple, sample: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """The output for a sample that was asked about before, up to rounding."""
+        for known, output in self._known.get(question, []):
+            if known.shape == sample.shape and (known.to(sample) - sample).abs().max() <= SAME_INPUT:
+                return tuple(value.to(sample.device) for value in output)
+        return None
+
+    def keep(self, question: tuple, sample: torch.Tensor, output: tuple[torch.Tensor, ...]) -> None:
+        """Keeps an answer. The second element of a question is the number of the call in its run."""
+        self._known.setdefault(question, []).append((sample.cpu(), tuple(value.cpu() for value in output)))
+
+    def forget(self, from_call: int = 0) -> None:
+        """Drops the answers to calls of this number and later ones."""
+        self._known = {question: known for question, known in self._known.items() if question[1] < from_call}
+
+
+class Evaluations(ModelHook):
+    """Counts the calls of a denoiser, and answers those that were made before without it.
+
+    Args:
+        batch: identifies prompts, seeds and guidance.
+        shared: None to evaluate everything.
+        clock: seconds.
+        autocast: the denoiser computes in bfloat16 and answers in float32.
+    """
+
+    def __init__(
+        self, batch: tuple, shared: SharedEvaluations | None, clock: Callable[[], float], autocast: bool = False
+    ):
         super().__init__()
-        self.autocast, self.count = autocast, 0
+        self.batch, self.shared, self.clock, self.autocast = batch, shared, clock, autocast
+        self.count = self.evaluated = 0
+        self.seconds = 0.0
 
     def new_forward(self, module: torch.nn.Module, *args, **kwargs):
-        self.count += 1
+        call, self.count = self.count, self.count + 1
+        if self.shared is None or call >= SHARED_CALLS:
+            return self._evaluate(module, args, kwargs)
+        arguments = inspect.signature(self.fn_ref.original_forward).bind(*args, **kwargs).arguments
+        sample = next(iter(arguments.values()))
+        question = (self.batch, call, *_conditions(arguments))
+        output = self.shared.find(question, sample)
+        if output is None:
+            output = self._evaluate(module, args, kwargs)
+            if isinstance(output, tuple):
+                self.shared.keep(question, sample, output)
+        return output
+
+    def _evaluate(self, module: torch.nn.Module, args: tuple, kwargs: dict):
+        start = self.clock()
         # Here and not around the pipeline, where guidance and some schedulers would lose digits too.
         with torch.autocast(module.device.type, torch.bfloat16, enabled=self.autocast):
             output = self.fn_ref.original_forward(*args, **kwargs)
-        return convert_to_fp32(output) if self.autocast else output
+        output = convert_to_fp32(output) if self.autocast else output
+        self.seconds += self.clock() - start
+        self.evaluated += 1
+        return output
+
+
+def _conditions(arguments: dict) -> tuple:
+    """What a denoiser is told beside the sample: the timestep, and a number for every other tensor."""
+    timestep = torch.as_tensor(arguments["timestep"]).flatten().tolist()
+    others = [value for name, value in list(arguments.items())[1:] if name != "timestep"]
+    others += [value for group in others if isinstance(group, dict) for value in group.values()]
+    sums = [float(value.double().sum()) for value in others if isinstance(value, torch.Tensor)]
+    return (tuple(round(t, 6) for t in timestep), tuple(sums))
 
 
 class Sampler:
@@ -86,6 +156,12 @@ class Sampler:
         height, width: in pixels; the pipeline's own where they are None.
         batch_size: images rendered together.
         autocast: the denoiser in bfloat16.
+        share: make evaluations that several solvers ask for once.
+
+    Attributes:
+        evaluations: that the denoiser really made, an image each; guidance included.
+        seconds: which they took.
+        shared: what runs have in common; `shared.forget` makes room.
     """
 
     def __init__(
@@ -95,8 +171,11 @@ class Sampler:
         width: int | None = None,
         batch_size: int = 25,
         autocast: bool = False,
+        share: bool = True,
     ):
         self.pipe, self.batch_size, self.autocast = pipe, batch_size, autocast
+        self.shared = SharedEvaluations() if share else None
+        self.evaluations, self.seconds = 0, 0.0
         self.size = {"height": height, "width": width}
         self.latent_shape = latent_shape(pipe, height, width)
         self.embeddings = PromptEmbeddings(pipe)
@@ -120,25 +199,30 @@ class Sampler:
             cost: gets the numbers of every batch.
 
         Raises:
-            ValueError: a picture is not finite.
+            NotFiniteError: a picture is not finite.
         """
         for first in range(0, len(prompts), self.batch_size):
             batch = slice(first, first + self.batch_size)
-            with torch.no_grad(), self._counted(scheduler) as (evaluations, solver):
+            identity = (tuple(prompts[batch]), tuple(seeds[batch]), guidance_scale)
+            with torch.no_grad(), self._counted(scheduler, identity) as (evaluations, solver):
                 start = self._clock()
                 latents_BCHW = self._latents(prompts[batch], seeds[batch], steps, guidance_scale)
                 rendered = self._clock()
                 images_BCHW = decode(self.pipe, latents_BCHW)
                 decoded = self._clock()
             if not images_BCHW.isfinite().all():
-                raise ValueError(
+                raise NotFiniteError(
                     f"{type(scheduler).__name__} with {steps} steps at guidance {guidance_scale:g} gives NaN or "
                     "infinite pictures; leave it out, or compute in float32."
                 )
+            self.evaluations += evaluations.evaluated * len(images_BCHW)
+            self.seconds += evaluations.seconds
             if cost is not None:
+                one = self.seconds / self.evaluations * len(images_BCHW)
+                saved = (evaluations.count - evaluations.evaluated) * one
                 cost.evaluations.append(evaluations.count)
-                cost.seconds.append((decoded - start) / len(images_BCHW))
-                cost.solver_share.append(sum(solver) / (rendered - start))
+                cost.seconds.append((decoded - start + saved) / len(images_BCHW))
+                cost.solver_share.append(sum(solver) / (rendered - start + saved))
             yield images_BCHW
 
     def _latents(self, prompts, seeds, steps, guidance_scale) -> torch.Tensor:
@@ -158,9 +242,9 @@ class Sampler:
     # Counting
 
     @contextmanager
-    def _counted(self, scheduler: SchedulerMixin) -> Iterator[tuple[Evaluations, list[float]]]:
+    def _counted(self, scheduler: SchedulerMixin, batch: tuple) -> Iterator[tuple[Evaluations, list[float]]]:
         """The scheduler in place, the denoiser's calls counted, the scheduler's calls timed."""
-        evaluations, seconds = Evaluations(self.autocast), []
+        evaluations, seconds = Evaluations(batch, self.shared, self._clock, self.autocast), []
         denoiser = self.pipe.transformer if self.pipe.components.get("unet") is None else self.pipe.unet
         hooks = HookRegistry.check_if_exists_or_initialize(denoiser)
         hooks.register_hook(evaluations, "evaluations")

@@ -1,7 +1,9 @@
 """All of an evaluation, in order: full-step pictures, cells, report, pictures to look at."""
 
 import logging
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,25 +11,49 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from data.latents import default_size
 from data.prompts import read_prompts
 from data.shards import make_folder
 from data.teacher import make_scheduler
-from evaluation.bootstrap import mean
-from evaluation.cells import Cell, Task, best_grids, measure
-from evaluation.config import EvaluationConfig
+from evaluation.budget import measured_rows, needs_choice, plan
+from evaluation.cells import Task, measure
+from evaluation.config import Columns, EvaluationConfig
 from evaluation.contact_sheet import draw_contact_sheet
 from evaluation.contenders import Contender, contenders, open_network
 from evaluation.instruments import Instruments
 from evaluation.metrics import ClipScorer, InceptionFeatures
 from evaluation.plots import draw_plots
-from evaluation.rendering import Sampler, load_pipeline
+from evaluation.rendering import NotFiniteError, Sampler, load_pipeline
 from evaluation.report import Measured, Results, write_report
 from evaluation.targets import Samples, Targets, reference_images
 from rewards import load_reward
+from solver.samplers.latents import default_size
 
 logger = logging.getLogger("evaluation")
 RANK_SEEDS = 10_000_000  # the candidates' seeds follow this one, far from those of the prompts
+
+
+@dataclass
+class Bench:
+    """What every measurement needs.
+
+    Attributes:
+        config: of the evaluation.
+        rows: of the table.
+        pipe, sampler: of the model.
+        targets: its full-step pictures.
+        rank_instruments: look at candidates.
+        prompts: those of the table, and behind them those on which grids are chosen.
+        cells: folder of the cache.
+    """
+
+    config: EvaluationConfig
+    rows: list[Contender]
+    pipe: DiffusionPipeline
+    sampler: Sampler
+    targets: Targets
+    rank_instruments: Instruments
+    prompts: Sequence[str]
+    cells: Path
 
 
 def evaluate(config: EvaluationConfig) -> dict:
@@ -39,115 +65,183 @@ def evaluate(config: EvaluationConfig) -> dict:
     """
     folder = Path(config.output_dir)
     make_folder(folder)
-    pipe = load_pipeline(config.model, config.dtype, config.device)
-    rows = contenders(config, pipe)
-    instruments, rank_instruments = load_instruments(config, pipe.device)
-    prompts = read_prompts(config.prompts, max(config.num_prompts), config.prompt_column, config.prompt_split).texts
-    cache = Path(config.cache_dir or folder / "cache")
-    sampler = Sampler(pipe, config.height, config.width, config.batch_size, config.autocast)
-    teacher = make_scheduler(config.scheduler, config.scheduler_kwargs, pipe.scheduler)
-    targets = Targets(sampler, teacher, config.num_inference_steps, instruments, cache / "targets")
-
-    results = Results(config, sampler.latent_shape, _reference(config, pipe, instruments))
+    bench = make_bench(config)
+    log_budget(bench)
+    results = Results(config, bench.sampler.latent_shape, _reference(bench))
     with logging_redirect_tqdm():
-        for guidance, count, ranked in zip(
-            config.guidance_scale, config.num_prompts, config.rank_prompts, strict=True
-        ):
-            task = make_task(config, targets, rank_instruments, prompts[:count], prompts[:ranked], guidance)
-            measured = [
-                cell for row in rows for cell in measure_row(config, row, task, pipe, sampler, cache / "cells")
-            ]
-            results.measured.append(Measured(task, measured))
+        results.measured = [measure_columns(bench, columns) for columns in config.columns]
+    logger.info("%s network evaluations were made.", f"{bench.sampler.evaluations:,}")
     metrics = write_report(results, folder)
     draw_plots(metrics, config, folder)
     draw_contact_sheet(results, folder / "contact_sheet.png")
     return metrics
 
 
+def make_bench(config: EvaluationConfig) -> Bench:
+    """Loads everything that a config names."""
+    pipe = load_pipeline(config.model, config.dtype, config.device)
+    rows = contenders(config, pipe)
+    instruments, rank_instruments = load_instruments(config, pipe.device)
+    chooses = any(needs_choice(columns, measured_rows(columns, rows)) for columns in config.columns)
+    wanted = config.num_prompts + config.grid_prompts * chooses
+    prompts = read_prompts(config.prompts, wanted, config.prompt_column, config.prompt_split).texts
+    cache = Path(config.cache_dir or Path(config.output_dir) / "cache")
+    sampler = Sampler(pipe, config.height, config.width, config.batch_size, config.autocast)
+    teacher = make_scheduler(config.scheduler, config.scheduler_kwargs, pipe.scheduler)
+    targets = Targets(sampler, teacher, config.num_inference_steps, instruments, cache / "targets")
+    return Bench(config, rows, pipe, sampler, targets, rank_instruments, prompts, cache / "cells")
+
+
 def load_instruments(config: EvaluationConfig, device: torch.device) -> tuple[Instruments, Instruments]:
     """What looks at the pictures of the prompts, and at the candidates of the ranked ones."""
     pairs = zip(config.rewards, config.reward_models, strict=True)
     rewards = [load_reward(name, model=model, device=device) for name, model in pairs]
-    checker = None
+    known = {(reward.name, getattr(reward, "model", None)): reward for reward in rewards}  # not to load one twice
+    checker = scorer = None
     if config.caption_check:
-        same = [reward for reward in rewards if getattr(reward, "model", None) == config.caption_check]
-        checker = same[0] if same else load_reward("segmentation", model=config.caption_check, device=device)
-    scorer = ClipScorer(config.scorer, device) if any(config.rank_prompts) else None
+        checker = known.get(("segmentation", config.caption_check))
+        checker = checker or load_reward("segmentation", model=config.caption_check, device=device)
+    if any(columns.ranked for columns in config.columns):
+        scorer = ClipScorer(config.scorer, device, known.get(("clip", config.scorer)))
     inception = InceptionFeatures(device) if config.fid else None
-    return Instruments(rewards, checker, inception=inception), Instruments(checker=checker, scorer=scorer)
+    return Instruments(rewards, checker, scorer, inception), Instruments(checker=checker, scorer=scorer)
 
 
-def make_task(
-    config: EvaluationConfig,
-    targets: Targets,
-    rank_instruments: Instruments,
-    prompts: Sequence[str],
-    ranked: Sequence[str],
-    guidance: float,
-) -> Task:
-    """The prompts of a guidance scale with their full-step pictures, and the candidates of the ranked ones."""
+def log_budget(bench: Bench) -> None:
+    """One line: what the evaluation costs, and how long that takes at the speed of one batch."""
+    config, sampler = bench.config, bench.sampler
+    batch = bench.prompts[: config.batch_size]
+    sampler.embeddings(batch)
+    own = type(bench.pipe.scheduler).from_config(bench.pipe.scheduler.config)
+    start = time.perf_counter()
+    (images,) = sampler.render(own, batch, range(len(batch)), 1, config.guidance_scales[0])
+    bench.targets.instruments.look(images, batch, len(batch))
+    others = time.perf_counter() - start - sampler.seconds
+    budget = plan(config, bench.rows)
+    logger.info("%s", budget.line(sampler.seconds / len(batch), others / len(batch)))
+    sampler.shared.forget()
+
+
+# One guidance scale
+
+
+def measure_columns(bench: Bench, columns: Columns) -> Measured:
+    """Every cell of some columns: the solvers number of steps by number of steps, then the rows that are set apart."""
+    config, sampler = bench.config, bench.sampler
+    rows = measured_rows(columns, bench.rows)
+    few = grid_task(bench, columns) if needs_choice(columns, rows) else None
+    task = make_task(bench, columns)
+    measured = Measured(task, [])
+    solvers = [row for row in rows if not row.network and not row.steps]
+    for steps in columns.steps:
+        sampler.shared.forget(from_call=1)  # the first evaluation serves all numbers of steps
+        for row, grid in choose(bench, solvers, few, steps, columns, measured):
+            measure_row(bench, task, row, grid, steps, sampler, measured)
+    sampler.shared.forget()
+    is_first = columns is next(c for c in config.columns if c.guidance_scale == columns.guidance_scale)
+    for row in rows:
+        if row not in solvers and (is_first or not row.steps):
+            with open_network(row, bench.pipe) as pipe:
+                its = Sampler(pipe, config.height, config.width, config.batch_size, config.autocast)
+                for steps in row.steps or columns.steps:
+                    measure_row(bench, task, row, next(iter(row.grids)), steps, its, measured)
+    return measured
+
+
+def make_task(bench: Bench, columns: Columns) -> Task:
+    """The prompts of some columns with their full-step pictures, and more candidates of the ranked ones."""
+    config, prompts, guidance = bench.config, bench.prompts[: columns.num_prompts], columns.guidance_scale
     samples = Samples(tuple(prompts), tuple(config.first_seed + i for i in range(len(prompts))), guidance)
-    task = Task(samples, targets(samples), targets.instruments, config.frechet)
-    if not ranked:
+    task = Task(samples, bench.targets(samples), bench.targets.instruments, config.frechet)
+    more = config.rank_candidates - 1
+    if not columns.ranked or not more:
         return task
-    each = config.rank_candidates
     candidates = Samples(
-        tuple(prompt for prompt in ranked for _ in range(each)),
-        tuple(config.first_seed + RANK_SEEDS + i for i in range(len(ranked) * each)),
+        tuple(prompt for prompt in prompts[: columns.ranked] for _ in range(more)),
+        tuple(config.first_seed + RANK_SEEDS + i for i in range(columns.ranked * more)),
         guidance,
     )
-    return Task(
-        *(samples, task.target, task.instruments, config.frechet),
-        *(candidates, targets(candidates, rank_instruments), rank_instruments, each),
+    target = bench.targets(candidates, bench.rank_instruments)
+    return replace(
+        task,
+        ranked=candidates,
+        ranked_target=target,
+        rank_instruments=bench.rank_instruments,
+        candidates=config.rank_candidates,
     )
 
 
 def measure_row(
-    config: EvaluationConfig, row: Contender, task: Task, pipe: DiffusionPipeline, sampler: Sampler, folder: Path
-) -> list[Cell]:
-    """The cells of a contender at one guidance scale, each on its best grid by the main metric."""
-    cells = []
-    with open_network(row, pipe) as opened:
-        if row.network:
-            sampler = Sampler(opened, config.height, config.width, config.batch_size, config.autocast)
-        choose = len(row.grids) > 1 and config.grid_prompts < len(task.samples.prompts)
-        few = _main_metric_only(task, config) if choose else None
-        name = f"{row.name}, guidance {task.samples.guidance_scale:g}"
-        for steps in tqdm(row.steps or config.steps, desc=name, leave=False):
-            grids = list(row.grids)
-            tried: dict[str, float] = {}
-            if few:
-                screened = [measure(few, row, grid, steps, sampler, pipe, folder) for grid in grids]
-                tried = {cell.grid: float(cell.values[config.main_metric].mean()) for cell in screened}
-                grids = best_grids(screened, config.main_metric, config.resamples)
-            full = [measure(task, row, grid, steps, sampler, pipe, folder) for grid in grids]
-            tried |= {cell.grid: float(cell.values[config.main_metric].mean()) for cell in full}
-            best = max(full, key=lambda cell: tried[cell.grid])
-            best.facts["grids"] = tried
-            cells.append(best)
-            value = mean(best.values[config.main_metric], config.resamples)
-            logger.info("%s, %d steps, %s grid: %s %.2f", name, steps, best.grid, config.main_metric, value.value)
-    return cells
+    bench: Bench, task: Task, row: Contender, grid: str, steps: int, sampler: Sampler, measured: Measured
+) -> None:
+    """Adds a cell, or says that the solver diverged."""
+    metric = bench.config.main_metric
+    name = f"{row.name}, guidance {task.samples.guidance_scale:g}, {steps} steps"
+    try:
+        cell = measure(task, row, grid, steps, sampler, bench.pipe, bench.cells)
+    except NotFiniteError as error:
+        logger.warning("%s: no row. %s", name, error)
+        measured.left_out.append({"solver": row.name, "steps": steps, "reason": "its pictures are not finite"})
+        return
+    measured.cells.append(cell)
+    logger.info("%s, %s grid: %s %.2f", name, grid, metric, float(cell.values[metric].mean()))
 
 
-def _main_metric_only(task: Task, config: EvaluationConfig) -> Task:
-    """The first prompts, seen by the main metric alone: enough to rule out most grids."""
-    reward = task.instruments.rewards[config.main_metric]
-    few = slice(config.grid_prompts)
-    samples = Samples(task.samples.prompts[few], task.samples.seeds[few], task.samples.guidance_scale)
-    target = task.target._replace(seen={reward.name: task.target.seen[reward.name][few]})
-    return Task(samples, target, Instruments([reward]))
+# Grids and finalists
 
 
-def _reference(
-    config: EvaluationConfig, pipe: DiffusionPipeline, instruments: Instruments
-) -> dict[str, torch.Tensor] | None:
+def grid_task(bench: Bench, columns: Columns) -> Task:
+    """The prompts behind those of the table, seen by the main metric alone: on them grids are chosen."""
+    config = bench.config
+    first = config.num_prompts
+    prompts = bench.prompts[first : first + config.grid_prompts]
+    seeds = range(config.first_seed + first, config.first_seed + first + len(prompts))
+    samples = Samples(tuple(prompts), tuple(seeds), columns.guidance_scale)
+    instruments = Instruments([bench.targets.instruments.rewards[config.main_metric]])
+    return Task(samples, bench.targets(samples, instruments), instruments)
+
+
+def choose(
+    bench: Bench, rows: Sequence[Contender], few: Task | None, steps: int, columns: Columns, measured: Measured
+) -> list[tuple[Contender, str]]:
+    """Rows with their grids: every classical solver on its best one, and of these no more than the finalists."""
+    if few is None:
+        return [(row, next(iter(row.grids))) for row in rows]
+    best: dict[str, tuple[float, str]] = {}
+    for row in tqdm([row for row in rows if row.is_classical], desc=f"grids, {steps} steps", leave=False):
+        tried = {grid: value for grid in row.grids if (value := _try(bench, few, row, grid, steps)) is not None}
+        if tried:
+            grid = max(tried, key=tried.__getitem__)
+            best[row.name] = (tried[grid], grid)
+            measured.grids[row.name, steps] = tried
+        else:
+            reason = "its pictures are not finite"
+            measured.left_out.append({"solver": row.name, "steps": steps, "reason": reason})
+    finalists = sorted(best, key=lambda name: best[name][0], reverse=True)[: columns.finalists]
+    for name in best.keys() - set(finalists):
+        measured.left_out.append({"solver": name, "steps": steps, "reason": "not a finalist"})
+    others = {row.name: next(iter(row.grids)) for row in rows if not row.is_classical}
+    grids = others | {name: best[name][1] for name in finalists}
+    return [(row, grids[row.name]) for row in rows if row.name in grids]
+
+
+def _try(bench: Bench, few: Task, row: Contender, grid: str, steps: int) -> float | None:
+    """The main metric on a grid; None where the solver diverges."""
+    try:
+        cell = measure(few, row, grid, steps, bench.sampler, bench.pipe, bench.cells)
+    except NotFiniteError:
+        return None
+    return float(cell.values[bench.config.main_metric].mean())
+
+
+def _reference(bench: Bench) -> dict[str, torch.Tensor] | None:
     """What the instruments of the Fréchet distances see in the reference pictures; None: the full-step pictures."""
+    config, instruments = bench.config, bench.targets.instruments
     if config.reference is None:
         return None
     rewards = [instruments.rewards[config.frechet]] if config.frechet else []
     looking = Instruments(rewards, inception=instruments.inception)
-    height, width = default_size(pipe)
+    height, width = default_size(bench.pipe)
     size = (config.height or height, config.width or width)
-    images = torch.cat(list(reference_images(config.reference, max(config.num_prompts), size)))
+    images = torch.cat(list(reference_images(config.reference, config.num_prompts, size)))
     return looking.look(images, [""] * len(images), config.batch_size)

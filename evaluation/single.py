@@ -9,10 +9,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data.build_config import PUBLISHED_SCHEDULER, PUBLISHED_SCHEDULER_KWARGS
-from data.latents import decode, latent_shape, pack, unpack
 from data.noise import initial_noise
 from data.teacher import make_scheduler
 from evaluation.solvers import is_flow, learned
+from solver.samplers.latents import decode, latent_shape, pack, unpack
 
 PREFIX = "proofsheet:"  # of our text chunks in a PNG
 NUMBERS = {"seed": int, "steps": int, "height": int, "width": int, "guidance_scale": float}

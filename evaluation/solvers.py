@@ -1,18 +1,31 @@
 """The solvers of a comparison, as schedulers for a stock pipeline.
 
 Classical ones run on every timestep spacing that diffusers knows, and end where the full-step pictures end: at the
-lowest training noise. They are diffusers' own classes where there is one for the noise schedule of the pipeline;
-iPNDM, Adams–Bashforth and all rules of flow models are the tables of `solver.multistep`, which are tested to equal
+lowest training noise. They are diffusers' own classes or the tables of `solver.multistep`, which are tested to equal
 diffusers' where both exist. On a flow model there is one grid, the pipeline's own.
+
+The number of steps is that of network evaluations. Solvers of two evaluations a step take every second point of the
+grid: singlestep DPM-Solver-2 spends exactly as many as it is given, Heun one less where that number is even, since its
+last step is Euler's.
 """
 
 from collections.abc import Callable
 
 import diffusers
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
+from evaluation.cache import fingerprint
 from solver import ConsistencySolverScheduler, SolverTable
 from solver.multistep import RULES
+from solver.samplers.cascade import is_flow
+from solver.scheduling_consistency_solver import Grid
 
 SPACINGS = ("leading", "trailing", "linspace")
 OWN_GRID = "own"
@@ -29,17 +42,22 @@ CLASSICAL = {
     "ab2": ("ab2", 2),
     "deis": (diffusers.DEISMultistepScheduler, {}),
     "unipc": (diffusers.UniPCMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
-    "dpm2m": (DPMSolverMultistepScheduler, DPM),
+    "dpm2m": ("dpm2m", 2),
+    "dpm2s": ("dpm2s", 2),
     "dpmpp2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "final_sigmas_type": "sigma_min"}),
 }
 FLOW_RULES = {
-    "ddim": ("ddim", 1),
+    "euler": ("ddim", 1),
     "ab2": ("ab2", 2),
     "ipndm": ("ipndm", 4),
     "deis": ("deis", 2),
     "dpm2m": ("dpm2m", 2),
+    "dpm2s": ("dpm2s", 2),
     "dpmpp2m": ("dpmpp2m", 2),
+    "unipc": ("unipcpp2", 2),
 }
+HEUN = "heun"
+FLOW_SOLVERS = (*FLOW_RULES, HEUN)
 
 
 class RuleScheduler(ConsistencySolverScheduler):
@@ -49,20 +67,51 @@ class RuleScheduler(ConsistencySolverScheduler):
 
     @classmethod
     def of(cls, rule: str, order: int, scheduler: SchedulerMixin, steps: int) -> "RuleScheduler":
-        """The rule on the grid of a scheduler. Some rules reach back as far as there are steps."""
-        made = cls.from_scheduler(scheduler, order=max(order, steps), learn_grid=False)
+        """The rule on the grid of a scheduler. Some rules reach back as far as there are steps.
+
+        The last of less than 15 steps of `dpm2m` is first order, as in diffusers.
+        """
+        settings = {"learn_grid": False, "lower_order_final": rule == "dpm2m"}
+        made = cls.from_scheduler(scheduler, order=max(order, steps), **settings)
         made.rule, made.rule_order = rule, order
         return made
 
+    def _base_weights(self, points: Grid) -> torch.Tensor:
+        weights_KM = RULES[self.rule](points, self.rule_order)
+        if self.config.lower_order_final and len(weights_KM) < 15:
+            weights_KM = torch.cat([weights_KM[:-1], RULES["ddim"](points, weights_KM.shape[1])[-1:]])
+        return weights_KM
+
     def coefficients(self, num_inference_steps: int, guidance_scale: float | None = None, **grid) -> SolverTable:
         timesteps, points = self.base_grid(num_inference_steps, **grid)
-        weights_KM = RULES[self.rule](points, self.rule_order)
-        return SolverTable(timesteps.float(), points.s.float(), weights_KM.float())
+        return SolverTable(timesteps.float(), points.s.float(), self._base_weights(points).float())
 
 
-def is_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler belongs to a flow model."""
-    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+class FlowHeunScheduler(FlowMatchEulerDiscreteScheduler):
+    """Heun's method on every second point of a flow model's own grid: Euler's step, then the mean of both slopes.
+
+    Two evaluations a step, the second with the time of the point it is made at; the last step is Euler's. (diffusers'
+    `FlowMatchHeunDiscreteScheduler` does not take the grids that pipelines name.)
+    """
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None) -> None:
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        self.points = [*self.sigmas[:-1:2].tolist(), float(self.sigmas[-1])]
+        t = self.timesteps[::2]
+        self.timesteps = torch.cat([t[:1], t[1:].repeat_interleave(2)])
+        self.calls = 0
+
+    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
+        """As of `FlowMatchEulerDiscreteScheduler`; the answer to every second call is that of the Euler step."""
+        f, n = model_output.float(), self.calls // 2
+        if self.calls % 2 == 0:
+            self.start, self.slope = sample.float(), f
+            x = self.start + (self.points[n + 1] - self.points[n]) * f
+        else:
+            x = self.start + (self.points[n + 1] - self.points[n]) * (self.slope + f) / 2
+        self.calls += 1
+        x = x.to(model_output.dtype)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
 def classical(name: str, own: SchedulerMixin) -> dict[str, Factory]:
@@ -71,12 +120,14 @@ def classical(name: str, own: SchedulerMixin) -> dict[str, Factory]:
     Raises:
         ValueError: there is no such solver, or it has no form for flow models.
     """
-    known = FLOW_RULES if is_flow(own) else CLASSICAL
+    known = FLOW_SOLVERS if is_flow(own) else CLASSICAL
     if name not in known:
         raise ValueError(f"solver {name!r}: expected one of {', '.join(known)} for {type(own).__name__}.")
+    if name == HEUN:
+        return {OWN_GRID: lambda own, steps, guidance: FlowHeunScheduler.from_config(own.config)}
     if is_flow(own):
-        return {OWN_GRID: lambda own, steps, guidance: RuleScheduler.of(*known[name], own, steps)}
-    return {spacing: _on_grid(*known[name], spacing) for spacing in SPACINGS}
+        return {OWN_GRID: lambda own, steps, guidance: RuleScheduler.of(*FLOW_RULES[name], own, steps)}
+    return {spacing: _on_grid(*CLASSICAL[name], spacing) for spacing in SPACINGS}
 
 
 def _on_grid(kind: type | str, settings: dict | int, spacing: str) -> Factory:
@@ -126,14 +177,17 @@ def by_class_name(name: str | None, settings: dict) -> dict[str, Factory]:
 
 
 def describe(scheduler: SchedulerMixin, steps: int) -> dict:
-    """What decides the pictures of a scheduler: class, config and, of a learned one, its table. Plain JSON values."""
-    config = {key: value for key, value in scheduler.config.items() if key != "coefficients"}
-    table = None
+    """What decides the pictures of a scheduler, in plain JSON values: a table, or else class and config.
+
+    Two solvers with one table are one. On a flow model the grid comes with the pipeline's call, so that config, rule
+    and weights have to do.
+    """
     if isinstance(scheduler, ConsistencySolverScheduler) and not scheduler.is_flow:
-        table = [value.tolist() for value in scheduler.coefficients(steps)]
-    elif isinstance(scheduler, ConsistencySolverScheduler) and scheduler.policy is not None:
-        table = [
-            float(p.double().square().sum()) for p in scheduler.policy.parameters()
-        ]  # its grid comes with the call
-    rule = getattr(scheduler, "rule", None)
-    return {"class": type(scheduler).__name__, "config": config, "table": table, "rule": rule}
+        timesteps, sigmas, weights = scheduler.coefficients(steps)
+        used = weights[:, : int(weights.any(0).nonzero().max()) + 1]
+        table = [float(f"{x:.5g}") for values in (timesteps, sigmas, used) for x in values.flatten().tolist()]
+        return {"table": table, "prediction_type": scheduler.config.prediction_type}
+    described = {"class": type(scheduler).__name__, "config": dict(scheduler.config.items())}
+    if isinstance(scheduler, ConsistencySolverScheduler) and scheduler.policy is not None:
+        described |= {"policy": fingerprint(scheduler.policy), "rule": getattr(scheduler, "rule", None)}
+    return described

@@ -119,7 +119,7 @@ def teacher_trajectories(renderer, rows: Sequence[dict], guidance_scale: float, 
         points: the grid of the few-step solver.
         substeps: of the teacher, between two points.
     """
-    from data.latents import pack
+    from solver.samplers.latents import pack
 
     scheduler = renderer.scheduler
     prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]

@@ -23,9 +23,10 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from data.latents import decode, latent_shape, pack, unpack
 from data.noise import initial_noise
 from solver.prompt_embeddings import PromptEmbeddings
+from solver.samplers.cascade import replaced
+from solver.samplers.latents import decode, latent_shape, pack, unpack
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler, SolverTable
 
 HOOK_NAME = "proofsheet_rows"
@@ -52,7 +53,7 @@ class Renderer:
     """Renders previews with a stock pipeline and the learned solver. Between calls the pipeline is as it was.
 
     Args:
-        pipe: a pipeline that `data.latents` knows, on its device. Its progress bar is turned off.
+        pipe: a pipeline that `solver.samplers.latents` knows, on its device. Its progress bar is turned off.
         scheduler: gives the pinned tables their meaning; need not be the pipeline's own.
         height, width: of the images, in pixels; the pipeline's own where they are None.
         batch_size: rows a pipeline call.
@@ -256,17 +257,6 @@ def solving_rows(
         for name in ("forward", "_diffusers_hook"):
             if name not in before:
                 delattr(denoiser, name)
-
-
-@contextmanager
-def replaced(pipe: DiffusionPipeline, name: str, component) -> Iterator[None]:
-    """Inside, a component of the pipeline is another one. Its record of where components come from stays."""
-    own = pipe.components[name]
-    object.__setattr__(pipe, name, component)
-    try:
-        yield
-    finally:
-        object.__setattr__(pipe, name, own)
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 
 from data.build import main
 from data.dataset import PreviewDataset
-from data.latents import decode, default_size, latent_shape, pack, unpack
 from data.noise import initial_noise, noise_check
 from data.shards import write_shard
 from rewards import load_reward
+from solver.samplers.latents import decode, default_size, latent_shape, pack, unpack
 
 EMBEDS = {"prompt_embeds": torch.ones(2, 5, 16), "pooled_prompt_embeds": torch.ones(2, 16)}
 FAMILIES = {

@@ -1,0 +1,160 @@
+"""Latents of a pipeline: their shape, their layout, and the way back to pictures.
+
+    shape = latent_shape(pipe, height, width)                    # (C, H, W), of videos (C, T, H, W)
+    latents = pipe(prompts, latents=pack(pipe, noise), output_type="latent", return_dict=False)[0]
+    images = decode(pipe, unpack(pipe, latents, shape))
+
+Everything outside a pipeline call is B C H W, or B C T H W for videos. The packed families (FLUX, Qwen-Image) see
+2 x 2 blocks as tokens, (B, H/2 · W/2, 4C), row by row; the others take latents as they are. Covered: every pipeline on
+an `AutoencoderKL` or `AutoencoderTiny` (SD, SDXL, SD3, PixArt, FLUX.1 with Kontext, Chroma), Qwen-Image, Wan and
+HunyuanVideo; others raise.
+"""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+    DiffusionPipeline,
+)
+
+IMAGE_VAES = (AutoencoderKL, AutoencoderTiny, AutoencoderKLQwenImage)
+VIDEO_VAES = (AutoencoderKLWan, AutoencoderKLHunyuanVideo)
+
+
+def is_video(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline makes videos.
+
+    Raises:
+        ValueError: the pipeline's latents have a layout that is not known here.
+    """
+    vae = pipe.components.get("vae")
+    if not isinstance(vae, IMAGE_VAES + VIDEO_VAES):
+        raise ValueError(
+            f"{type(pipe).__name__} has a {type(vae).__name__} as its vae; latents are understood of pipelines with "
+            f"one of {', '.join(known.__name__ for known in IMAGE_VAES + VIDEO_VAES)}."
+        )
+    return isinstance(vae, VIDEO_VAES)
+
+
+def is_packed(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline takes packed tokens. Raises ValueError as `is_video`."""
+    return not is_video(pipe) and hasattr(pipe, "_pack_latents")
+
+
+def denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
+    """The network that is evaluated at every step. Of Wan 2.2's two, the one for the early steps."""
+    unet = pipe.components.get("unet")
+    return pipe.transformer if unet is None else unet
+
+
+def vae_factor(pipe: DiffusionPipeline) -> int:
+    """How many pixels a latent is high and wide."""
+    return pipe.vae_scale_factor_spatial if is_video(pipe) else pipe.vae_scale_factor
+
+
+def patch_size(pipe: DiffusionPipeline) -> int:
+    """How many latents a token is high and wide; 1 for UNets, which have no tokens."""
+    if is_packed(pipe):
+        return 2
+    size = denoiser(pipe).config.get("patch_size") or 1
+    return size if isinstance(size, int) else size[-1]  # Wan's is (frames, height, width)
+
+
+def default_size(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """Height and width in pixels that the pipeline renders by itself."""
+    if is_video(pipe):
+        call = inspect.signature(pipe.__call__).parameters
+        return call["height"].default, call["width"].default
+    unet = pipe.components.get("unet")
+    sample = pipe.default_sample_size if unet is None else unet.config.sample_size
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+
+
+def latent_shape(
+    pipe: DiffusionPipeline, height: int | None = None, width: int | None = None, num_frames: int | None = None
+) -> tuple[int, ...]:
+    """(C, H, W) of one image's latents, unpacked; (C, T, H, W) of a video's.
+
+    Args:
+        pipe: the pipeline.
+        height: of the image, in pixels; the pipeline's own where it is None.
+        width: likewise.
+        num_frames: of a video, before compression in time; the pipeline's own where it is None.
+
+    Raises:
+        ValueError: the size does not divide into tokens, the frames do not compress, an image is asked for frames, or
+            `pipe` is of an unknown family.
+    """
+    height, width = height or default_size(pipe)[0], width or default_size(pipe)[1]
+    multiple = vae_factor(pipe) * patch_size(pipe)
+    if height % multiple or width % multiple:
+        raise ValueError(f"height={height}, width={width}: {type(pipe).__name__} needs multiples of {multiple}.")
+    channels = denoiser(pipe).config.in_channels // (4 if is_packed(pipe) else 1)
+    size = (height // vae_factor(pipe), width // vae_factor(pipe))
+    if not is_video(pipe):
+        if num_frames is not None:
+            raise ValueError(f"num_frames={num_frames}: {type(pipe).__name__} makes images.")
+        return channels, *size
+    num_frames = num_frames or inspect.signature(pipe.__call__).parameters["num_frames"].default
+    factor = pipe.vae_scale_factor_temporal
+    if (num_frames - 1) % factor:
+        raise ValueError(f"num_frames={num_frames}: {type(pipe).__name__} needs a multiple of {factor} plus 1.")
+    return channels, (num_frames - 1) // factor + 1, *size
+
+
+def pack(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """Latents as `pipe(latents=...)` takes them, on its device, in the dtype of its run.
+
+    That is the denoiser's for images; videos run in float32 whatever the denoiser.
+
+    Args:
+        pipe: the pipeline.
+        latents: (B, C, H, W) or (B, C, T, H, W), any floating dtype.
+    """
+    latents = latents.to(pipe.device, torch.float32 if is_video(pipe) else denoiser(pipe).dtype)
+    return pipe._pack_latents(latents, *latents.shape) if is_packed(pipe) else latents
+
+
+def unpack(pipe: DiffusionPipeline, latents: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """What `pipe(output_type="latent")` answers, as B C H W or B C T H W; `shape` is that of `latent_shape`."""
+    if not is_packed(pipe):
+        return latents
+    height, width = (side * pipe.vae_scale_factor for side in shape[1:])
+    # Qwen-Image's autoencoder is one of videos, and its pipeline puts a frame axis in.
+    return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).reshape(-1, *shape)
+
+
+@torch.no_grad()
+def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """The pictures behind latents, as the stock pipelines decode them, in the dtype of the VAE.
+
+    Args:
+        pipe: the pipeline.
+        latents: (B, C, H, W), of videos (B, C, T, H, W).
+
+    Returns:
+        float32 (B, 3, H, W) in [0, 1] on the pipeline's device, of videos (B, F, 3, H, W). NaN stays NaN.
+    """
+    vae = pipe.vae
+    latents = latents.to(vae.device, vae.dtype)
+    if as_frame := isinstance(vae, AutoencoderKLQwenImage):
+        latents = latents.unsqueeze(2)
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    scale = vae.config.get("scaling_factor") or 1
+    if mean is not None and std is not None:
+        channelwise = (1, -1, *[1] * (latents.ndim - 2))
+        mean, std = (torch.tensor(value).to(latents).view(channelwise) for value in (mean, std))
+        latents = latents * std / scale + mean
+    else:
+        latents = latents / scale + (vae.config.get("shift_factor") or 0)
+    pictures = vae.decode(latents, return_dict=False)[0].float()
+    if is_video(pipe):
+        return pipe.video_processor.postprocess_video(pictures, output_type="pt")
+    return pipe.image_processor.postprocess(pictures[:, :, 0] if as_frame else pictures, output_type="pt")
