@@ -18,7 +18,8 @@ from data.world import BACKGROUNDS, COLOURS, FINISHES, SHAPES
 if TYPE_CHECKING:
     from data.world import Scene
 
-_PIXELS_AT_ONCE = 1 << 18  # keeps the intermediate maps of a chunk of scenes inside the cache
+_PIXELS_AT_ONCE = {"cpu": 1 << 18}  # keeps the intermediate maps of a chunk of scenes inside the cache
+_PIXELS_ON_DEVICE = 1 << 23  # of a GPU: few and large kernels, some 2 GB of maps
 
 _PAINT = torch.tensor(
     [
@@ -75,7 +76,7 @@ def render_batch(scenes: list["Scene"], size: int | tuple[int, int], device: str
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 8:
         raise ValueError(f"size={size} is too small: a scene needs at least 8 x 8 pixels.")
-    step = max(1, _PIXELS_AT_ONCE // (height * width))
+    step = max(1, _PIXELS_AT_ONCE.get(torch.device(device).type, _PIXELS_ON_DEVICE) // (height * width))
     chunks = [_render_chunk(scenes[i : i + step], height, width, device) for i in range(0, len(scenes), step)]
     return Render(*(torch.cat(maps) for maps in zip(*chunks, strict=True)))
 

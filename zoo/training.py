@@ -1,14 +1,15 @@
 """What the training scripts of the zoo share: the world as batches, and one resumable loop on accelerate.
 
 The loop keeps an exponential moving average of the weights, runs in bf16 autocast where the hardware multiplies in it,
-and writes a checkpoint every few minutes under `runs/zoo/<name>`; the same command started again goes on from there. Batch number n is a function of n
-alone, so a resumed run sees what an uninterrupted one would have seen. A later run begins with landed weights:
-`--start zoo/<name> --name <name>-2`.
+and writes a checkpoint every few minutes under `runs/zoo/<name>`; the same command started again goes on from there.
+Batch number n is a function of n alone, so a resumed run sees what an uninterrupted one would have seen. A later run
+begins with landed weights: `--start zoo/<name> --name <name>-2`.
 """
 
 import json
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,13 @@ class Run:
     save_minutes: float = field(default=3.0, metadata={"help": "between checkpoints"})
     start: str | None = field(default=None, metadata={"help": "folder of landed weights to go on from"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the network"})
+    muon: bool = field(
+        default=False, metadata={"help": "Muon for the matrices of blocks, AdamW for the rest; in bf16"}
+    )
+
+    def __post_init__(self):
+        if self.muon and not BF16:
+            raise ValueError("muon=True: it computes in bfloat16, which this CPU does hundreds of times slower.")
 
 
 class Scenes(Dataset):
@@ -108,10 +116,9 @@ def fit(
     folder = RUNS / run.name
     folder.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, run.learning_rate, betas=(0.9, 0.99), weight_decay=run.weight_decay)
-    network, optimizer = accelerator.prepare(network, optimizer)
+    network, *optimizers = accelerator.prepare(network, *make_optimizers(network, run))
     plain = accelerator.unwrap_model(network)
-    ema = EMAModel(plain.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(plain.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=ON_GPU)
     ema.to(accelerator.device)
     step, log = _restore(folder, accelerator, ema)
     callable_network = torch.compile(network) if run.compile else network
@@ -127,13 +134,15 @@ def fit(
         if progress >= 1:
             break
         scale = min((step + 1) / run.warmup_steps, 0.51 + 0.49 * math.cos(math.pi * progress))
-        optimizer.param_groups[0]["lr"] = run.learning_rate * scale
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = run.learning_rate * scale
         with accelerator.autocast():
             terms = loss(callable_network, step, batch)
         accelerator.backward(terms["loss"])
         accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         ema.step(plain.parameters())
         step += 1
         if after_step:
@@ -155,6 +164,28 @@ def fit(
     _store(folder, accelerator, ema, step, log)
     ema.copy_to(plain.parameters())
     return plain.eval(), log
+
+
+def make_optimizers(network: nn.Module, run: Run) -> list[torch.optim.Optimizer]:
+    """AdamW; with `run.muon`, Muon for the matrices of numbered blocks and AdamW for the rest, at one learning rate.
+
+    Muon's updates are scaled to the root mean square of AdamW's (arXiv 2502.16982). Embeddings, modulations and what
+    leads into and out of the blocks stay with AdamW.
+    """
+    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if run.muon and is_block_matrix(name, p)]
+    chosen = {id(p) for p in matrices}
+    others = [p for _, p in named if id(p) not in chosen]
+    adamw = torch.optim.AdamW(others, run.learning_rate, betas=(0.9, 0.99), weight_decay=run.weight_decay)
+    if not matrices:
+        return [adamw]
+    settings = {"weight_decay": run.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return [adamw, torch.optim.Muon(matrices, run.learning_rate, **settings)]
+
+
+def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix of a layer within a list of blocks, and neither modulation nor embedding."""
+    return parameter.ndim == 2 and bool(re.search(r"\.\d+\.", name)) and not re.search(r"norm|embed|bias", name)
 
 
 def load_start(network: nn.Module, run: Run) -> nn.Module:
