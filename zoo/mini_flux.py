@@ -1,14 +1,14 @@
 """The networks of zoo/mini-flux: how they are built, what they are given in training, how they become a pipeline.
 
-Sizes, in numbers of parameters: FluxTransformer2DModel 3.4 M (1 joint and 6 single blocks, width 160), T5 encoder
-0.35 M (2 layers, width 128), CLIP text encoder 0.29 M (the first layer of zoo/clip's text tower), AutoencoderKL 0.84 M:
-10 MB in bf16. Wider and deeper ones (3 joint and 6 single blocks of width 192: 7.6 M) are options of
-`zoo/train_mini_flux.py`, but 8.4 MB more than there is room for in the zoo.
+Parameters: FluxTransformer2DModel 3.4 M (1 joint and 6 single blocks, width 160), T5 encoder 0.35 M (2 layers, width
+128), CLIP text encoder 0.29 M (the first layer of zoo/clip's text tower), AutoencoderKL 0.84 M: 9.9 MB in bf16, which
+is what the zoo has room for. Wider and deeper ones (3 joint and 6 single blocks of width 192: 7.6 M) are options of
+`zoo/train_mini_flux.py`.
 
-Eight latent channels at a quarter of the size: projecting 4 x 4 blocks of pixels onto their first 8 principal components
-keeps 29.9 dB at 64 px and 33.1 dB at 128 px (4 components: 25.9 and 28.3), which a convolutional autoencoder exceeds by
-3 to 4 dB, while a token, 2 x 2 latents, stays at 32 numbers. FLUX has 16 channels; here they would spend
-the few parameters of the transformer on texture.
+Eight latent channels at a quarter of the size: the first 8 principal components of 4 x 4 blocks of pixels keep 29.9 dB
+at 64 px and 33.1 dB at 128 px (4 components: 25.9 and 28.3), which an autoencoder exceeds by some decibels, while a
+token, 2 x 2 latents, stays at 32 numbers. FLUX has 16 channels; here they would spend the few parameters of the
+transformer on texture.
 
 Shape suffixes: B images, C latent channels, H W latents, N image tokens, D numbers of a token, L words.
 """
@@ -60,7 +60,6 @@ def build_t5_tokenizer() -> T5Tokenizer:
     pieces = [(f"▁{word}", -1.0) for word in words] + [("▁", -3.0), (",", -3.0), (".", -3.0)]
     pieces += [(letter, -10.0) for letter in letters]
     specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    # A single letter that is a word, "▁a", must not spell others' beginnings twice: scores settle it.
     return T5Tokenizer(vocab=specials + pieces, extra_ids=0, additional_special_tokens=[], model_max_length=WORDS)
 
 
@@ -110,7 +109,7 @@ def build_transformer(width: int, joint_layers: int, single_layers: int, text_wi
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Dynamic shifting: FLUX's two shifts, at our two numbers of tokens instead of 256 and 4096.
 
-    Their ratio, e^0.65, is close to the factor 2 that keeps the signal-to-noise ratio of a scene when the side doubles.
+    Their ratio, e^0.65, is close to the factor 2 that keeps the signal-to-noise ratio when the side doubles.
     """
     return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,

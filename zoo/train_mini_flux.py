@@ -9,9 +9,9 @@ FluxKontextPipeline.
 The third goes on from landed weights, in a sitting of its own. Needs the results of `zoo/train_mini_flux_vae.py` and
 `zoo/train_clip.py`.
 
-Everything that does not change from step to step is made once and kept in the run's folder: latents of scenes at both
-sizes and of their edited versions, several captions a scene, instructions, all as token ids. Steps are of four kinds, each
-a batch of one size: from a caption, small or large; from a source picture and an instruction, small or large. Larger
+What does not change from step to step is made once and kept in the run's folder: latents of scenes at both sizes and
+of their edited versions, several captions a scene, instructions, all as token ids. Steps are of four kinds, each with a
+batch of one size: from a caption, small or large; from a source picture and an instruction, small or large. Larger
 pictures and edits come in smaller batches, for the same number of tokens.
 """
 
@@ -146,8 +146,10 @@ def make_pool(run: MiniFluxRun, vae: AutoencoderKL, tokenizers: Tokenizers) -> d
     counts = {SMALL: run.pool, LARGE: run.large_pool}
     wanted = {f"latents_{size}": count for size, count in counts.items()}
     wanted |= {f"edited_latents_{size}": min(run.edit_pool, count) for size, count in counts.items()}
-    if path.exists() and all(len(rows := load_file(path)[name]) == count for name, count in wanted.items()):
-        return load_file(path)
+    if path.exists():
+        pool = load_file(path)
+        if all(name in pool and len(pool[name]) == count for name, count in wanted.items()):
+            return pool
     workers = max(1, (os.cpu_count() or 1) - 2) if ON_GPU else 0
     parts: dict[str, list[Tensor]] = {}
 
@@ -175,7 +177,7 @@ def make_pool(run: MiniFluxRun, vae: AutoencoderKL, tokenizers: Tokenizers) -> d
 
 
 def encode(vae: AutoencoderKL, scenes: list[Scene], size: int) -> tuple[Tensor, Tensor]:
-    """Latents float16 (B, C, H, W), shifted and scaled as pipelines do it, and the class in the middle of each token."""
+    """Latents float16 (B, C, H, W), shifted and scaled as pipelines do it, and the class (B, N) at each token."""
     picture = render_batch(scenes, size, vae.device)
     x_BCHW = picture.image.float() / 127.5 - 1
     with torch.autocast(vae.device.type, torch.bfloat16, enabled=BF16):

@@ -2,7 +2,7 @@
 
     accelerate launch zoo/train_mini_flux_vae.py                                     # 2 CPU cores: 25 minutes
     accelerate launch zoo/train_mini_flux_vae.py --steps 8000 --batch_size 256       # GPU: 3 minutes
-    accelerate launch zoo/train_mini_flux_vae.py --start zoo/mini-flux/vae --name mini-flux-decoder  # the decoder alone
+    accelerate launch zoo/train_mini_flux_vae.py --start zoo/mini-flux/vae --name mini-flux-decoder  # decoder alone
 
 `zoo/train_mini_flux.py` goes on from the result. With `--start` the encoder stays as it is, and so do the latents that
 a transformer has been trained on; the better decoder is written back to where it came from.

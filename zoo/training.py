@@ -50,7 +50,7 @@ class Run:
     start: str | None = field(default=None, metadata={"help": "folder of landed weights to go on from"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the network"})
     muon: bool = field(
-        default=False, metadata={"help": "Muon for the matrices of blocks, AdamW for the rest; in bf16"}
+        default=False, metadata={"help": "Muon for the matrices of blocks, AdamW for the rest"}
     )
 
     def __post_init__(self):
