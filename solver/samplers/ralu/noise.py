@@ -4,10 +4,10 @@
     z_BCHW = correlated_noise(generators, shape, fine_Bhw, c=1 / Z**2)
     x_BCHW = a * x_BCHW + b * z_BCHW
 
-Everything lives on the full grid, where a *cell* is a token of the small picture: 4 x 4 latents, 2 x 2 tokens. There are
-two ways to copy: "pixel" repeats each latent 2 x 2 times (nearest neighbour), "token" repeats the cell's 2 x 2 patch as
-a whole, as the public code does; that tiles, and brings a pattern of the period of a token. The copies of one latent
-are siblings; they share their noise, and the new noise makes up for it.
+Everything lives on the full grid, where a *cell* is a token of the small picture: 4 x 4 latents, 2 x 2 tokens. There
+are two ways to copy: "pixel" repeats each latent 2 x 2 times (nearest neighbour), "token" repeats the cell's patch of
+2 x 2 as a whole, as the public code does; that tiles, and brings a pattern of the period of a token. The copies of one
+latent are siblings; they share their noise, and the new noise makes up for it.
 
 Shape suffixes: B images, C channels, H W the full grid, h w its cells (H = 4h); D distinct latents of a cell (4), S
 siblings (4).
