@@ -66,8 +66,10 @@ def build(config: BuildConfig) -> Report:
     state = _join_launch()
     torch.backends.cudnn.deterministic = True
 
-    prompts = read_prompts(config.prompts, config.num_prompts, config.prompt_column, config.prompt_split)
-    rows = plan_rows(prompts.texts, config)
+    prompts = read_prompts(
+        config.prompts, config.num_prompts, config.prompt_column, config.prompt_split, config.image_column
+    )
+    rows = plan_rows(prompts.texts, config, prompts.sources)
     teacher = load_teacher(config, state.device)
     description = describe(config, teacher, prompts)
     claim_folder(folder, description, state.is_main_process)
@@ -81,8 +83,8 @@ def build(config: BuildConfig) -> Report:
     return report
 
 
-def plan_rows(texts: Sequence[str], config: BuildConfig) -> "list[Row]":
-    """All rows, in order. They depend on nothing but the arguments."""
+def plan_rows(texts: Sequence[str], config: BuildConfig, sources: Sequence | None = None) -> "list[Row]":
+    """All rows, in order. They depend on nothing but the arguments; `sources` are those of `Prompts`."""
     from data.teacher import Row
 
     def guidance_scale(i: int) -> float:
@@ -92,7 +94,9 @@ def plan_rows(texts: Sequence[str], config: BuildConfig) -> "list[Row]":
         return round(random.Random(f"guidance:{config.first_seed + i}").uniform(*config.guidance_range), 1)
 
     k = config.seeds_per_prompt
-    return [Row(texts[i // k], config.first_seed + i, guidance_scale(i)) for i in range(len(texts) * k)]
+    sources = sources or [None] * len(texts)
+    rows = range(len(texts) * k)
+    return [Row(texts[i // k], config.first_seed + i, guidance_scale(i), sources[i // k]) for i in rows]
 
 
 def load_teacher(config: BuildConfig, device) -> "Teacher":
@@ -103,7 +107,7 @@ def load_teacher(config: BuildConfig, device) -> "Teacher":
     from rewards import load_reward
 
     dtype = getattr(torch, config.dtype)
-    pipe = load_pipeline(config.model, config.scheduler, config.scheduler_kwargs, dtype, device)
+    pipe = load_pipeline(config.model, config.scheduler, config.scheduler_kwargs, dtype, device, config.pipeline)
     names_and_models = zip(config.rewards, config.reward_models, strict=True)
     rewards = [load_reward(name, model=model, device=device) for name, model in names_and_models]
     return Teacher(pipe, rewards, config.num_inference_steps, config.height, config.width)
@@ -116,6 +120,8 @@ def describe(config: BuildConfig, teacher: "Teacher", prompts: "Prompts") -> dic
     features = teacher.describe_features()
     models = zip(features.items(), config.reward_models, strict=True)
     source = {"source": config.prompts, "column": config.prompt_column, "split": config.prompt_split}
+    if prompts.sources:
+        source |= {"edits": True, "image_column": config.image_column}
     description = {
         "model": config.model,
         "dtype": config.dtype,
@@ -180,7 +186,8 @@ def render_missing(
             if skipped:
                 logger.warning("Shard %d: seeds %s gave NaN or infinite latents and are left out.", index, skipped)
             kept = [columns for columns in rendered if columns is not None]
-            write_shard(paths[index], kept, list(teacher.rewards), skipped)
+            edits = shard_rows[0].source is not None
+            write_shard(paths[index], kept, list(teacher.rewards), skipped, edits)
     return len(missing)
 
 

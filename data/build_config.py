@@ -19,12 +19,18 @@ class BuildConfig:
 
     model: str = field(metadata={"help": "teacher pipeline: hub id or local folder"})
     output_dir: str = field(metadata={"help": "folder of the dataset"})
+    pipeline: str | None = field(
+        default=None, metadata={"help": "diffusers class; the model's own by default. Edits: FluxKontextPipeline"}
+    )
     # Rows
     prompts: str = field(
         default="scenes:train",
-        metadata={"help": "scenes:SPLIT, a text file, a .parquet, .json or .csv, a dataset folder or hub id"},
+        metadata={
+            "help": "scenes:SPLIT, edits:SPLIT, a text file, a .parquet, .json or .csv, a dataset folder or hub id"
+        },
     )
     prompt_column: str = field(default="text", metadata={"help": "column of the prompts in a table or dataset"})
+    image_column: str | None = field(default=None, metadata={"help": "column of the pictures to edit, if any"})
     prompt_split: str = field(default="train", metadata={"help": "split of a dataset"})
     num_prompts: int | None = field(default=None, metadata={"help": "distinct prompts to use; all by default"})
     seeds_per_prompt: int = field(default=1, metadata={"help": "rows of a prompt, each with a seed of its own"})

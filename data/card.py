@@ -24,7 +24,7 @@ configs:
 | column | content |
 |---|---|
 | `prompt`, `seed`, `guidance_scale` | what was asked for |
-| `target` | the picture, PNG |
+{edited}| `target` | the picture, PNG |
 | `target_latents`, `latent_shape` | its latents as the denoiser sees them, raw float16, and their (C, H, W) |
 | `noise_check` | first values of the initial noise, which the seed gives back |
 {features}
@@ -35,6 +35,7 @@ dataset = PreviewDataset("path/of/this/folder")
 dataset[0]["target"], dataset.noise([dataset[0]["seed"]])
 ```
 """
+SOURCE = "| `source` | the picture that the prompt is to change, PNG |\n"
 FEATURES = "| `features_{name}` | what the {name} reward sees in the picture, raw {dtype}, {shape} |\n"
 
 
@@ -58,5 +59,6 @@ def dataset_card(description: dict, report: "Report") -> str:
         guidance=" to ".join(map(str, between)) if between else ", ".join(map(str, scales)),
         count=description["prompts"]["count"],
         source=description["prompts"]["source"],
+        edited=SOURCE if description["prompts"].get("edits") else "",
         features="".join(FEATURES.format(name=name, **layout) for name, layout in rewards),
     )

@@ -29,6 +29,7 @@ class PreviewDataset(Dataset):
 
     Row i is a dict:
         prompt: str
+        source: uint8 (3, H, W), the picture that the prompt is to change; only in a dataset of edits
         seed: int
         guidance_scale: float
         target: uint8 (3, H, W)
@@ -49,7 +50,7 @@ class PreviewDataset(Dataset):
         ValueError: a shard is damaged, the noise generator drifts, or `ignore` names no key of a row.
     """
 
-    KEYS = ("prompt", "seed", "guidance_scale", "target", "target_latents", "features")
+    KEYS = ("prompt", "source", "seed", "guidance_scale", "target", "target_latents", "features")
 
     def __init__(self, folder: str | Path, verify: bool = True, ignore: Sequence[str] = ()):
         if unknown := set(ignore).difference(self.KEYS):
@@ -57,7 +58,8 @@ class PreviewDataset(Dataset):
         self.folder = Path(folder)
         self.teacher = read_teacher(self.folder)
         self.latent_shape = tuple(self.teacher["latent_shape"])
-        self.keys = [key for key in self.KEYS if key not in ignore]
+        absent = () if self.teacher["prompts"].get("edits") else ("source",)
+        self.keys = [key for key in self.KEYS if key not in (*ignore, *absent)]
         shards = find_shards(self.folder, self.teacher)
         if verify and (damaged := [path.name for path in shards if not is_intact(path)]):
             raise ValueError(f"{self.folder}: {', '.join(damaged)} differ from their checksums. Run the build again.")
@@ -104,8 +106,8 @@ class PreviewDataset(Dataset):
         return batch
 
     def _read(self, row: dict, key: str):
-        if key == "target":
-            raw = torch.frombuffer(bytearray(row["target"]["bytes"]), dtype=torch.uint8)
+        if key in ("target", "source"):
+            raw = torch.frombuffer(bytearray(row[key]["bytes"]), dtype=torch.uint8)
             return decode_image(raw, ImageReadMode.RGB)
         if key == "target_latents":
             return from_bytes(row[key], torch.float16, self.latent_shape).float()
@@ -155,7 +157,9 @@ def _open_shards(shards: Sequence[Path]):
     from datasets import Image, load_dataset
 
     rows = load_dataset("parquet", data_files=[str(path) for path in shards], split="train")
-    return rows.cast_column("target", Image(decode=False))
+    for name in {"target", "source"}.intersection(rows.column_names):
+        rows = rows.cast_column(name, Image(decode=False))
+    return rows
 
 
 def _read_features(raw: bytes, layout: dict) -> torch.Tensor:

@@ -3,12 +3,14 @@
 | source                                  | what it is                                                      |
 |-----------------------------------------|-----------------------------------------------------------------|
 | `scenes:train` (`validation`, `test`)   | captions of the miniature world, as many as are asked for       |
+| `edits:train` (`validation`, `test`)    | instructions for scenes of it, and pictures of these            |
 | `prompts.txt`                           | a text file, one prompt a line                                  |
 | `captions.parquet`, `.json(l)`, `.csv`  | one column of a table                                           |
 | `some/folder`                           | a dataset folder, or one written by `save_to_disk`              |
 | `user/name`                             | a dataset of the Hugging Face hub                               |
 
-Empty and repeated prompts are left out, and counted: `num_prompts` is the number of those that stay.
+Empty and repeated prompts are left out, and counted: `num_prompts` is the number of those that stay. A prompt may come
+with a picture that it is to change; then only the same prompt with the same picture is a repeated one.
 """
 
 import hashlib
@@ -18,6 +20,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.scenes import Scene
+
+    Source = Scene | bytes  # of a picture: a scene, which is drawn at any size, or an encoded image
 
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
@@ -28,6 +38,7 @@ class Prompts:
 
     Attributes:
         texts: the prompts; prompt number n is `texts[n]`.
+        sources: what each of them is to change, for `source_picture`; None if they are not instructions.
         empty: prompts without a visible character.
         duplicates: prompts that had come before.
     """
@@ -35,21 +46,32 @@ class Prompts:
     texts: tuple[str, ...]
     empty: int = 0
     duplicates: int = 0
+    sources: "tuple[Source, ...] | None" = None
 
     @property
     def sha256(self) -> str:
-        """Identifies the prompts and their order."""
-        return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
+        """Identifies the prompts, their pictures, and their order."""
+        digest = hashlib.sha256(json.dumps(self.texts).encode())
+        for source in self.sources or ():
+            digest.update(_identity(source))
+        return digest.hexdigest()
 
 
-def read_prompts(source: str, num_prompts: int | None = None, column: str = "text", split: str = "train") -> Prompts:
+def read_prompts(
+    source: str,
+    num_prompts: int | None = None,
+    column: str = "text",
+    split: str = "train",
+    image_column: str | None = None,
+) -> Prompts:
     """Reads the first `num_prompts` distinct prompts of a source.
 
     Args:
         source: see the table above. What exists as a file or folder is one; anything else is a hub id.
         num_prompts: how many; all of them where it is None, which `scenes:` does not allow.
-        column: of a table or dataset.
+        column: of a table or dataset; of a list of prompts in it, the first counts.
         split: of a dataset folder or hub id.
+        image_column: of the pictures to edit.
 
     Raises:
         ValueError: the source has no such column or split, no prompts at all, or fewer than `num_prompts`.
@@ -57,7 +79,7 @@ def read_prompts(source: str, num_prompts: int | None = None, column: str = "tex
     """
     if num_prompts is not None and num_prompts < 1:
         raise ValueError(f"num_prompts={num_prompts}: expected at least 1, or none for all prompts of the source.")
-    prompts = _keep(_open(source, num_prompts, column, split), num_prompts)
+    prompts = _keep(_open(source, num_prompts, column, split, image_column), num_prompts)
     if len(prompts.texts) < (num_prompts or 1):
         raise ValueError(
             f"{source!r} has {len(prompts.texts)} usable prompts ({prompts.empty} empty and {prompts.duplicates} "
@@ -66,23 +88,55 @@ def read_prompts(source: str, num_prompts: int | None = None, column: str = "tex
     return prompts
 
 
-def _keep(candidates: Iterable[str | None], num_prompts: int | None) -> Prompts:
-    kept: dict[str, None] = {}  # an ordered set
+def source_picture(source: "Source", height: int, width: int) -> "torch.Tensor":
+    """The picture to edit, uint8 (3, H, W): a scene drawn at that size; an image cut to its shape, and scaled."""
+    from io import BytesIO
+
+    from PIL import Image, ImageOps
+    from torchvision.transforms.functional import pil_to_tensor
+
+    if isinstance(source, bytes):
+        image = Image.open(BytesIO(source)).convert("RGB")
+        return pil_to_tensor(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+    from data.scenes import render_batch
+
+    return render_batch([source], (height, width)).image[0]
+
+
+def _identity(source: "Source") -> bytes:
+    return hashlib.sha256(source if isinstance(source, bytes) else repr(source).encode()).digest()
+
+
+def _keep(candidates: "Iterable[tuple[str | None, Source | None]]", num_prompts: int | None) -> Prompts:
+    kept: dict[tuple, tuple] = {}
     empty = duplicates = 0
-    for candidate in candidates:
+    for candidate, source in candidates:
         text = (candidate or "").strip()
+        key = (text, source if source is None else _identity(source))
         if not text:
             empty += 1
-        elif text in kept:
+        elif key in kept:
             duplicates += 1
         else:
-            kept[text] = None
+            kept[key] = text, source
         if len(kept) == num_prompts:
             break
-    return Prompts(tuple(kept), empty, duplicates)
+    texts, sources = zip(*kept.values(), strict=True) if kept else ((), ())
+    return Prompts(texts, empty, duplicates, None if None in sources or not sources else sources)
 
 
-def _open(source: str, num_prompts: int | None, column: str, split: str) -> Iterator[str | None]:
+def _open(
+    source: str, num_prompts: int | None, column: str, split: str, image_column: str | None
+) -> "Iterator[tuple[str | None, Source | None]]":
+    kind, _, world_split = source.partition(":")
+    if kind == "edits":
+        return _scene_edits(world_split, num_prompts)
+    if image_column is not None:
+        return _edit_columns(source, column, image_column, split)
+    return ((text, None) for text in _texts(source, num_prompts, column, split))
+
+
+def _texts(source: str, num_prompts: int | None, column: str, split: str) -> Iterator[str | None]:
     if source.startswith("scenes:"):
         return _scene_captions(source.removeprefix("scenes:"), num_prompts)
     path = Path(source)
@@ -101,16 +155,42 @@ def _scene_captions(split: str, num_prompts: int | None) -> Iterator[str]:
     return (caption(Scene.random(seed, split), random.Random(seed)).text for seed in count())
 
 
+def _scene_edits(split: str, num_prompts: int | None) -> "Iterator[tuple[str, Scene]]":
+    from data.scenes import numbered_edit
+
+    if num_prompts is None:
+        raise ValueError(f"prompts='edits:{split}' never end: say how many with num_prompts.")
+    return ((instruction, scene) for instruction, scene, _ in (numbered_edit(n, split) for n in count()))
+
+
+def _edit_columns(source: str, column: str, image_column: str, split: str) -> Iterator[tuple[str | None, bytes]]:
+    from datasets import Image
+
+    rows = _select(source, split, [column, image_column]).cast_column(image_column, Image(decode=False))
+    for row in rows:
+        image = row[image_column]
+        encoded = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        yield _checked(row[column], source, column), encoded
+
+
 def _dataset_column(source: str, column: str, split: str) -> Iterator[str | None]:
+    rows = _select(source, split, [column])
+    return (_checked(row[column], source, column) for row in rows)
+
+
+def _select(source: str, split: str, wanted: list[str]):
+    """Some columns of a dataset. Raises ValueError if it has no such columns."""
     rows = _open_dataset(source, split)
     columns = rows.column_names or list(next(iter(rows), {}))
-    if column not in columns:
-        raise ValueError(f"{source!r} has no column {column!r}; it has {', '.join(columns) or 'no rows'}.")
-    values = (row[column] for row in rows.select_columns([column]))
-    return (_checked(value, source, column) for value in values)
+    for column in wanted:
+        if column not in columns:
+            raise ValueError(f"{source!r} has no column {column!r}; it has {', '.join(columns) or 'no rows'}.")
+    return rows.select_columns(wanted)
 
 
 def _checked(value: object, source: str, column: str) -> str | None:
+    if isinstance(value, list):
+        value = next(iter(value), None)
     if not isinstance(value, str | None):
         raise ValueError(f"{source!r}: column {column!r} holds {type(value).__name__}, expected strings.")
     return value

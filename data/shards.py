@@ -28,7 +28,9 @@ def shard_paths(folder: Path, num_rows: int, shard_size: int) -> list[Path]:
     return [folder / f"shard-{index:05d}.parquet" for index in range(math.ceil(num_rows / shard_size))]
 
 
-def write_shard(path: Path, rows: Sequence[dict], reward_names: Sequence[str], skipped: Sequence[int]) -> None:
+def write_shard(
+    path: Path, rows: Sequence[dict], reward_names: Sequence[str], skipped: Sequence[int], edits: bool = False
+) -> None:
     """Writes a shard and, before it, its sidecar.
 
     Args:
@@ -36,11 +38,12 @@ def write_shard(path: Path, rows: Sequence[dict], reward_names: Sequence[str], s
         rows: values by column, see `columns`.
         reward_names: rewards whose features are cached.
         skipped: seeds of the rows that have no picture.
+        edits: whether the rows have a source picture.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written. Nothing half-written is left.
     """
-    payload = _to_parquet(rows, reward_names)
+    payload = _to_parquet(rows, reward_names, edits)
     sidecar = {"sha256": hashlib.sha256(payload).hexdigest(), "rows": len(rows), "skipped": list(skipped)}
     write_json(path.with_suffix(".json"), sidecar)
     write_whole(path, payload)
@@ -67,13 +70,14 @@ def is_intact(path: Path) -> bool:
     return intact
 
 
-def columns(reward_names: Sequence[str]):
+def columns(reward_names: Sequence[str], edits: bool = False):
     """The columns of a shard, as `datasets.Features`."""
     from datasets import Features, Image, List, Value
 
     return Features(
         {
             "prompt": Value("string"),
+            **({"source": Image()} if edits else {}),  # PNG, the picture that the prompt is to change
             "seed": Value("int64"),
             "guidance_scale": Value("float64"),
             "target": Image(),  # PNG
@@ -141,13 +145,13 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def _to_parquet(rows: Sequence[dict], reward_names: Sequence[str]) -> bytes:
+def _to_parquet(rows: Sequence[dict], reward_names: Sequence[str], edits: bool) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
     # Pictures and raw floats do not compress; a small row group lets a viewer show the first rows without the rest.
-    table = pa.Table.from_pylist(list(rows), schema=columns(reward_names).arrow_schema)
+    table = pa.Table.from_pylist(list(rows), schema=columns(reward_names, edits).arrow_schema)
     pq.write_table(table, buffer, compression="none", row_group_size=64)
     return buffer.getvalue()
 

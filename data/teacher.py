@@ -8,7 +8,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import diffusers
 import torch
@@ -16,9 +16,15 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torchvision.io import encode_png
 
 from data.noise import initial_noise, noise_check
+from data.prompts import source_picture
 from data.shards import to_bytes
 from rewards import Reward
+from solver.samplers.calls import encode_sources, guidance, text_length
+from solver.samplers.cascade import call_at_size
 from solver.samplers.latents import decode, default_size, latent_shape, pack, unpack
+
+if TYPE_CHECKING:
+    from data.scenes import Scene
 
 # They draw noise on the way: the same seed would not give the same picture.
 STOCHASTIC = ("Ancestral", "SDE", "DDPM", "LCM", "TCD", "SASolver")
@@ -30,13 +36,14 @@ class Row(NamedTuple):
     prompt: str
     seed: int
     guidance_scale: float
+    source: "Scene | bytes | None" = None  # what to edit, for `data.prompts.source_picture`
 
 
 class Teacher:
     """Renders rows.
 
     Args:
-        pipe: a stock text-to-image pipeline, on its device, with the scheduler to use.
+        pipe: a stock pipeline, text-to-image or FLUX Kontext, on its device, with the scheduler to use.
         rewards: their features are cached beside each picture.
         num_inference_steps: of the scheduler.
         height: in pixels; the pipeline's own where it is None.
@@ -69,30 +76,43 @@ class Teacher:
         """
         (guidance_scale,) = {row.guidance_scale for row in rows}
         noise_BCHW = initial_noise([row.seed for row in rows], self.latent_shape)
-        latents = self.pipe(
-            prompt=[row.prompt for row in rows],
-            latents=pack(self.pipe, noise_BCHW),
-            guidance_scale=guidance_scale,
-            num_inference_steps=self.num_inference_steps,
-            height=self.height,
-            width=self.width,
-            output_type="latent",
-        ).images
+        call = {
+            "prompt": [row.prompt for row in rows],
+            "latents": pack(self.pipe, noise_BCHW),
+            "num_inference_steps": self.num_inference_steps,
+            **guidance(self.pipe, guidance_scale, len(rows)),
+            **text_length(self.pipe),
+        }
+        sources_BCHW = self._sources(rows)
+        if sources_BCHW is not None:
+            call["image"] = encode_sources(self.pipe, sources_BCHW)
+        latents = self.pipe(**call_at_size(self.pipe, call, self.height, self.width))[0]
         latents_BCHW = unpack(self.pipe, latents, self.latent_shape)
         images_BCHW = decode(self.pipe, latents_BCHW)
         latents_BCHW = latents_BCHW.half()
         finite = latents_BCHW.isfinite().flatten(1).all(1) & images_BCHW.isfinite().flatten(1).all(1)
         rendered: list[dict | None] = [None] * len(rows)
         for b, features in zip(finite.nonzero().flatten().tolist(), self._features(images_BCHW[finite]), strict=True):
+            prompt, seed, guidance_scale, _ = rows[b]
             rendered[b] = {
-                **rows[b]._asdict(),
+                "prompt": prompt,
+                "seed": seed,
+                "guidance_scale": guidance_scale,
                 "target": {"bytes": _to_png(images_BCHW[b]), "path": None},
                 "target_latents": to_bytes(latents_BCHW[b]),
                 "latent_shape": list(self.latent_shape),
                 "noise_check": noise_check(noise_BCHW[b]),
                 **features,
             }
+            if sources_BCHW is not None:
+                rendered[b]["source"] = {"bytes": encode_png(sources_BCHW[b]).numpy().tobytes(), "path": None}
         return rendered
+
+    def _sources(self, rows: Sequence[Row]) -> torch.Tensor | None:
+        """The pictures to edit, uint8 (B, 3, H, W), or None where the rows have none."""
+        if rows[0].source is None:
+            return None
+        return torch.stack([source_picture(row.source, self.height, self.width) for row in rows])
 
     def describe(self) -> dict:
         """What determines the pictures, for teacher.json: plain JSON values."""
@@ -128,17 +148,22 @@ class Teacher:
         ]
 
 
-def open_pipeline(model: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def open_pipeline(model: str, dtype: torch.dtype = torch.float32, pipeline: str | None = None) -> DiffusionPipeline:
     """A stock pipeline on the CPU with the scheduler that it came with, silent.
 
     Args:
         model: hub id or local folder.
         dtype: of everything but the VAE, which stays in float32: it runs once a picture, and overflows in float16.
+        pipeline: diffusers class that is to run the model; the model's own where it is None.
 
     Raises:
         OSError: there is no such model.
+        ValueError: there is no such class.
     """
-    pipe = DiffusionPipeline.from_pretrained(model, dtype={"default": dtype, "vae": torch.float32})
+    pipeline_class = getattr(diffusers, pipeline or "DiffusionPipeline", None)
+    if not (inspect.isclass(pipeline_class) and issubclass(pipeline_class, DiffusionPipeline)):
+        raise ValueError(f"pipeline={pipeline!r} is not a pipeline class of diffusers {diffusers.__version__}.")
+    pipe = pipeline_class.from_pretrained(model, dtype={"default": dtype, "vae": torch.float32})
     for part in map(pipe.components.get, ("unet", "vae")):
         if part is not None:
             part.to(memory_format=torch.channels_last)  # what convolutions are fastest in
@@ -152,6 +177,7 @@ def load_pipeline(
     scheduler_kwargs: Mapping | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    pipeline: str | None = None,
 ) -> DiffusionPipeline:
     """A stock pipeline with another scheduler.
 
@@ -161,13 +187,14 @@ def load_pipeline(
         scheduler_kwargs: what to change in that config.
         dtype: of everything but the VAE, which stays in float32: it runs once a picture, and overflows in float16.
         device: where it runs.
+        pipeline: as in `open_pipeline`.
 
     Raises:
         OSError: there is no such model.
         ValueError: there is no such scheduler, it takes no such argument, it draws noise of its own, or it is
             not made for the model's kind of noise schedule.
     """
-    pipe = open_pipeline(model, dtype)
+    pipe = open_pipeline(model, dtype, pipeline)
     pipe.scheduler = make_scheduler(scheduler, scheduler_kwargs or {}, pipe.scheduler)
     pipe.vae.enable_slicing()  # a batch of large pictures in float32 would not fit on most GPUs
     return pipe.to(device)

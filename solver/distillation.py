@@ -18,14 +18,17 @@ Shape suffixes: K steps, M history (newest first), A weight actions (M - 1), B r
 """
 
 import functools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.shards import make_folder
 from solver.policy_init import widen_first_layer
 from solver.run_config import SolverRunConfig
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler, Grid, SolverTable, dpm2m
@@ -85,9 +88,23 @@ def dense_table(scheduler: ConsistencySolverScheduler, points: Grid, substeps: i
     part = torch.arange(substeps) / substeps
     u = torch.cat([(points.u[:-1, None] + part * points.u.diff()[:, None]).flatten(), points.u[-1:]])
     dense = Grid.flow(u) if scheduler.is_flow else Grid.variance_preserving(u / (1 - u))
-    s = dense.s[:-1]
-    timesteps = s * len(scheduler) if scheduler.is_flow else scheduler._timestep_of(s)
-    return SolverTable(timesteps.float(), dense.s.float(), dpm2m(dense, 2).float())
+    return SolverTable(timesteps_of(scheduler, dense.s[:-1]).float(), dense.s.float(), dpm2m(dense, 2).float())
+
+
+def timesteps_of(scheduler: ConsistencySolverScheduler, s: Tensor) -> Tensor:
+    """What the network is told at grid points s."""
+    return s * len(scheduler) if scheduler.is_flow else scheduler._timestep_of(s)
+
+
+def in_coordinates(
+    scheduler: ConsistencySolverScheduler, x: Tensor, output: Tensor, s: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y and f of samples and what the network predicted for them at s, which broadcasts."""
+    if scheduler.is_flow:
+        return x, output
+    alpha = torch.rsqrt(1 + s**2)
+    f = alpha * output + s * alpha * x if scheduler.config.prediction_type == "v_prediction" else output
+    return x / alpha, f
 
 
 @contextmanager
@@ -124,16 +141,13 @@ def teacher_trajectories(renderer, rows: Sequence[dict], guidance_scale: float, 
     scheduler = renderer.scheduler
     prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
     with recorded_steps(scheduler, substeps) as records:
-        previews = renderer.render(prompts, seeds, guidance_scale, dense_table(scheduler, points, substeps))
-    samples = [*(sample for sample, _ in records), pack(renderer.pipe, previews.latents_BCHW).float()]
-    x, f = torch.stack(samples), torch.stack([output for _, output in records])
-    if scheduler.is_flow:
-        return x, f
+        sources = [row["source"] for row in rows] if "source" in rows[0] else None
+        previews = renderer.render(prompts, seeds, guidance_scale, dense_table(scheduler, points, substeps), sources)
+    last = pack(renderer.pipe, previews.latents_BCHW).float()
+    x, outputs = torch.stack([sample for sample, _ in records]), torch.stack([output for _, output in records])
     s = points.s.to(x).reshape(-1, *[1] * (x.ndim - 1))
-    alpha = torch.rsqrt(1 + s**2)
-    if scheduler.config.prediction_type == "v_prediction":
-        f = alpha[:-1] * f + (s * alpha)[:-1] * x[:-1]
-    return x / alpha, f
+    y, f = in_coordinates(scheduler, x, outputs, s[:-1])
+    return torch.cat([y, in_coordinates(scheduler, last[None], last[None], s[-1:])[0]]), f
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,9 +243,22 @@ class DistillationConfig(SolverRunConfig):
     teacher_substeps: int = field(default=8, metadata={"help": "steps of the teacher between two of the solver"})
     batch_size: int = field(default=64, metadata={"help": "rows of a pipeline call"})
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("min_inference_steps", "num_rows", "teacher_substeps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
+        if self.max_inference_steps < self.min_inference_steps:
+            raise ValueError(
+                f"max_inference_steps={self.max_inference_steps} is below "
+                f"min_inference_steps={self.min_inference_steps}."
+            )
+        if self.solver_order < 2:
+            raise ValueError(f"solver_order={self.solver_order}: one weight is always 1, there is nothing to fit.")
 
-def distill(config: DistillationConfig) -> ConsistencySolverScheduler:
-    """One run: fits, writes `output_dir`, returns the solver."""
+
+def open_run(config: SolverRunConfig, batch_size: int):
+    """The renderer and the dataset that a config names."""
     from solver.rollout import Renderer
     from solver.run_config import load_datasets, load_pipeline, make_solver
     from solver.training_data import check_teacher, image_size
@@ -241,7 +268,14 @@ def distill(config: DistillationConfig) -> ConsistencySolverScheduler:
     check_teacher(dataset, pipe)
     scheduler = make_solver(config, pipe)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    renderer = Renderer(pipe, scheduler, *image_size(dataset), config.batch_size)
+    return Renderer(pipe, scheduler, *image_size(dataset), batch_size), dataset
+
+
+def distill(config: DistillationConfig) -> ConsistencySolverScheduler:
+    """One run: fits, writes `output_dir`, returns the solver."""
+    make_folder(Path(config.output_dir))
+    renderer, dataset = open_run(config, config.batch_size)
+    scheduler = renderer.scheduler
     step_counts = range(config.min_inference_steps, config.max_inference_steps + 1)
     cells = fit_actions(renderer, dataset, step_counts, config.num_rows, config.teacher_substeps)
     error = fit_policy(scheduler, cells, grids={steps: renderer.grid(steps) for steps in step_counts})
@@ -258,4 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"solver.distillation: {' '.join(str(error).split())}")

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from data.noise import initial_noise
 from solver.prompt_embeddings import PromptEmbeddings
-from solver.samplers.cascade import replaced
+from solver.samplers.calls import encode_sources, guidance
+from solver.samplers.cascade import call_at_size, replaced
 from solver.samplers.latents import decode, latent_shape, pack, unpack
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler, SolverTable
 
@@ -77,43 +78,62 @@ class Renderer:
         pipe.set_progress_bar_config(disable=True)
 
     def render(
-        self, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float, table: SolverTable
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        guidance_scale: float,
+        table: SolverTable,
+        sources: Sequence[Tensor] | None = None,
     ) -> Previews:
         """Previews of B rows in as many steps as the table has.
 
         Args:
-            prompts, seeds: B each. Rows that share both share their first evaluation, if they are in one batch.
+            prompts, seeds: B each. Rows that share both (and the source) share their first evaluation, if they are in
+                one batch.
             guidance_scale: of the pipeline's call.
             table: with a leading B, one a row; or without, one for all.
+            sources: of an editing pipeline, B pictures to edit, uint8 (3, H, W) each.
         """
         batches = [slice(start, start + self.batch_size) for start in range(0, len(prompts), self.batch_size)]
-        parts = [self._render(prompts[b], seeds[b], guidance_scale, rows_of(table, b)) for b in batches]
+        parts = [
+            self._render(prompts[b], seeds[b], guidance_scale, rows_of(table, b), sources and sources[b])
+            for b in batches
+        ]
         latents, images, evaluations, seconds = zip(*parts, strict=True)
         seconds = {phase: sum(part[phase] for part in seconds) for phase in seconds[0]}
         return Previews(torch.cat(latents), torch.cat(images), sum(evaluations), seconds)
 
-    def _render(self, prompts, seeds, guidance_scale: float, table: SolverTable) -> Previews:
+    def _render(self, prompts, seeds, guidance_scale: float, table: SolverTable, sources) -> Previews:
         seconds: dict[str, float] = {}
         with stopwatch(seconds, "rollout", self.pipe.device):
             call = self._call(prompts, seeds, guidance_scale, table.timesteps.shape[-1])
             rows = list(zip(prompts, seeds, strict=True))
+            if sources is not None:
+                call["image"], which = self._encode_once(sources)
+                rows = list(zip(prompts, seeds, which, strict=True))
             with solving_rows(self.pipe, self.scheduler, table, rows) as hook:
-                latents = self.pipe(**call, return_dict=False)[0]
+                latents = self.pipe(**call)[0]
             latents_BCHW = unpack(self.pipe, latents, self.latent_shape).float()
         with stopwatch(seconds, "decode", self.pipe.device):
             images_BCHW = decode(self.pipe, latents_BCHW)
         return Previews(latents_BCHW, images_BCHW, hook.network_evaluations, seconds)
 
+    def _encode_once(self, sources: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        """Latents (B, C, H, W) of pictures to edit, each distinct one encoded once, and which one a row has."""
+        positions: dict[bytes, int] = {}
+        which = [positions.setdefault(source.numpy().tobytes(), len(positions)) for source in sources]
+        distinct = [sources[which.index(position)] for position in positions.values()]
+        latents = torch.cat([encode_sources(self.pipe, source[None]) for source in distinct])
+        return latents[which], which
+
     def _call(self, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float, steps: int) -> dict:
-        return {
+        call = {
             **self.embeddings(prompts),
+            **guidance(self.pipe, guidance_scale),
             "latents": pack(self.pipe, initial_noise(seeds, self.latent_shape)),
-            "guidance_scale": guidance_scale,
             "num_inference_steps": steps,
-            "height": self.height,
-            "width": self.width,
-            "output_type": "latent",
         }
+        return call_at_size(self.pipe, call, self.height, self.width)
 
     def grid(self, steps: int, prompt: str = "") -> dict:
         """What the pipeline says of its grid besides the number of steps: `sigmas`, `mu`, or nothing.

@@ -88,7 +88,8 @@ class Scorer:
         evaluations, seconds = 0, {}
         if mine := rows[share]:
             prompts, seeds = [row["prompt"] for row in mine], [row["seed"] for row in mine]
-            previews = self.renderer.render(prompts, seeds, guidance_scale, rows_of(table, share))
+            sources = [row["source"] for row in mine] if "source" in mine[0] else None
+            previews = self.renderer.render(prompts, seeds, guidance_scale, rows_of(table, share), sources)
             images_BCHW, evaluations, seconds = previews.images_BCHW, previews.network_evaluations, previews.seconds
             with stopwatch(seconds, "reward", images_BCHW.device):
                 scores_RB = self._reward(mine, previews)

@@ -1,0 +1,73 @@
+"""What a stock call must be told beside its prompt: the guidance, the length of the text, the picture to edit.
+
+call = call_at_size(pipe, {"prompt": prompts, **guidance(pipe, 3.0, len(prompts)), **text_length(pipe)}, 64, 64)
+call |= {"image": encode_sources(pipe, sources_BCHW)}            # an editing pipeline
+"""
+
+import inspect
+
+import torch
+from diffusers import DiffusionPipeline, FluxKontextPipeline
+
+from solver.samplers.latents import denoiser
+
+
+def guides_by_true_cfg(pipe: DiffusionPipeline) -> bool:
+    """Whether guidance is `true_cfg_scale`: FLUX and Qwen-Image, where the denoiser is not told a guidance scale."""
+    takes = "true_cfg_scale" in inspect.signature(pipe.__call__).parameters
+    return takes and not denoiser(pipe).config.get("guidance_embeds")
+
+
+def guidance(pipe: DiffusionPipeline, scale: float, negative_prompts: int = 0) -> dict:
+    """The arguments of a call that guide by `scale`.
+
+    Args:
+        pipe: a stock pipeline.
+        scale: 1 is no guidance.
+        negative_prompts: how many empty ones to give as well, where the guidance needs them; 0 where the call has
+            their embeddings.
+    """
+    if not guides_by_true_cfg(pipe):
+        return {"guidance_scale": scale}
+    return {"true_cfg_scale": scale} | ({"negative_prompt": [""] * negative_prompts} if negative_prompts else {})
+
+
+def text_length(pipe: DiffusionPipeline) -> dict[str, int]:
+    """`max_sequence_length`, where the pipeline's own default is more than its last tokenizer is made for."""
+    parameter = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+    names = sorted(name for name in pipe.components if name.startswith("tokenizer"))
+    tokenizer = pipe.components[names[-1]] if names else None
+    if parameter is None or tokenizer is None or tokenizer.model_max_length >= parameter.default:
+        return {}
+    return {"max_sequence_length": tokenizer.model_max_length}
+
+
+def check_edits(pipe: DiffusionPipeline) -> None:
+    """Raises ValueError if the pipeline edits no pictures."""
+    if not isinstance(pipe, FluxKontextPipeline):
+        raise ValueError(
+            f"{type(pipe).__name__} does not edit: rows with a source picture need pipeline: FluxKontextPipeline."
+        )
+
+
+@torch.no_grad()
+def encode_sources(pipe: DiffusionPipeline, sources_BCHW: torch.Tensor) -> torch.Tensor:
+    """Pictures to edit as `pipe(image=...)` takes them with nothing left to do: as latents.
+
+    Pictures would be scaled to the sizes that the big model knows, encoded anew in every call, and in the dtype of the
+    prompt instead of the VAE's.
+
+    Args:
+        pipe: a pipeline that edits.
+        sources_BCHW: uint8, or floating point in [0, 1]; of the size of the picture to make, or another.
+
+    Returns:
+        latents (B, C, H, W) on the pipeline's device, not packed: the call does that.
+
+    Raises:
+        ValueError: the pipeline edits no pictures.
+    """
+    check_edits(pipe)
+    pictures = sources_BCHW.to(pipe.vae.device)
+    pictures = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
+    return pipe._encode_vae_image(image=(2 * pictures - 1).to(pipe.vae.dtype), generator=None)
