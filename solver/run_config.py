@@ -31,6 +31,7 @@ class SolverRunConfig:
     initial_solver: str | None = field(default=None, metadata={"help": "a solver to go on from; the rest is its own"})
     solver_order: int = field(default=4, metadata={"help": "predictions that a step combines"})
     base_rule: str = field(default="dpm2m", metadata={"help": "classical rule that the untrained solver is"})
+    learn_weights: bool = field(default=True, metadata={"help": "change the weights of the base rule"})
     learn_grid: bool = field(default=True, metadata={"help": "place the timesteps too"})
     head: str = field(default="gaussian", metadata={"help": "gaussian, or categorical as published"})
     num_bins: int = field(default=11, metadata={"help": "of the categorical head"})
@@ -51,11 +52,10 @@ class SolverRunConfig:
 def load_pipeline(config: SolverRunConfig) -> "DiffusionPipeline":
     """The pipeline on the CPU, with the scheduler that it came with."""
     import torch
-    from diffusers import DiffusionPipeline
 
-    dtype = getattr(torch, config.dtype)
-    # As data.build does: the VAE runs once a picture, and overflows in float16.
-    return DiffusionPipeline.from_pretrained(config.model, dtype={"default": dtype, "vae": torch.float32})
+    from data.teacher import open_pipeline
+
+    return open_pipeline(config.model, getattr(torch, config.dtype))
 
 
 def make_solver(config: SolverRunConfig, pipe: "DiffusionPipeline") -> "ConsistencySolverScheduler":
@@ -69,6 +69,7 @@ def make_solver(config: SolverRunConfig, pipe: "DiffusionPipeline") -> "Consiste
         pipe.scheduler,
         order=config.solver_order,
         base_rule=config.base_rule,
+        learn_weights=config.learn_weights,
         learn_grid=config.learn_grid,
         head=config.head,
         num_bins=config.num_bins,

@@ -339,6 +339,8 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         weight_bound, grid_bound (`float`): largest residual on a weight and on the log of a gap.
         weight_ranges (`list` of pairs, *optional*): ranges of the weight residuals of the categorical head; as
             published ([0, 2], [-2, 0], then [-1, 1]) if not given.
+        trained_steps (`list` of two, *optional*): fewest and most steps that the policy was trained on, written by
+            training; with fewer or more the residuals are zero, so that a run is never worse than the base rule's.
         guidance_scale (`float`): default of the attribute of this name, the guidance scale that the policy is told.
         coefficients (`dict`, *optional*): the baked tables, written by `bake`.
 
@@ -383,6 +385,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         weight_bound: float = 1.0,
         grid_bound: float = 1.5,
         weight_ranges: list[list[float]] | None = None,
+        trained_steps: list[int] | None = None,
         guidance_scale: float = 1.0,
         coefficients: dict | None = None,
     ):
@@ -729,8 +732,16 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
             self._require_baked_guidance(guidance_scale)
             return torch.tensor(self._baked(num_inference_steps)["actions"], dtype=torch.float64)
         inputs = self.policy_inputs(num_inference_steps, guidance_scale, **grid)
+        fewest, most = self.config.trained_steps or (1, math.inf)
+        if not fewest <= len(inputs) <= most:
+            return torch.zeros(len(inputs), self.num_actions)
         parameter = next(self.policy.parameters())
         return self.policy.deterministic_actions(inputs.to(parameter)).cpu()
+
+    def extend_trained_steps(self, counts: Iterable[int]) -> None:
+        """Notes in the configuration that the policy is being trained on these numbers of steps."""
+        known = [*(self.config.trained_steps or []), *counts]
+        self.register_to_config(trained_steps=[min(known), max(known)])
 
     # -- baking -------------------------------------------------------------------------------------------------------
 

@@ -93,6 +93,7 @@ class ConsistencySolverTrainer(Trainer):
             callbacks=callbacks,
         )
         self.scheduler = scheduler
+        scheduler.extend_trained_steps(args.step_counts)
         widen_first_layer(scheduler.policy, args.input_gain)
         pipeline.to(self.accelerator.device)
         self.renderer = Renderer(pipeline, scheduler, *image_size(train_dataset), args.rollout_batch_size, encode)

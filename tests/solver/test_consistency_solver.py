@@ -390,6 +390,19 @@ def test_gradients_reach_every_live_action_and_no_dead_one():
         assert (actions.grad[:, ~mask] == 0).all()
 
 
+def test_outside_of_the_trained_steps_it_is_the_base_rule():
+    ours = solver()
+    torch.nn.init.constant_(ours.policy.mlp[-1].bias, 0.3)
+    assert not ours.coefficients(12).weights.equal(solver().coefficients(12).weights)  # nobody said what was trained
+    ours.extend_trained_steps([4, 8])
+    for steps in (3, 9, 40):
+        assert_same_table(ours.coefficients(steps), solver().coefficients(steps))
+    for steps in (4, 6, 8):
+        assert not ours.coefficients(steps).weights.equal(solver().coefficients(steps).weights)
+    ours.extend_trained_steps(iter([10]))
+    assert ours.config.trained_steps == [4, 10]
+
+
 def test_action_mask():
     """Dim d (from 1) is live from history d + 1 on, that is from step d (from 0); the grid's everywhere."""
     expected = [[d <= i for d in (1, 2, 3)] + [True] for i in range(5)]
