@@ -16,6 +16,7 @@ from pathlib import Path
 COMMANDS = {
     "solver": "evaluation.commands.solver",
     "refine": "evaluation.commands.refine",
+    "hiflow": "evaluation.commands.hiflow",
 }
 
 

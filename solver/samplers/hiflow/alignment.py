@@ -131,6 +131,7 @@ class StageAlignment:
 
     Attributes:
         predictions: the network's own X of each step, float32, before any alignment: the next stage's reference.
+        step: how many steps were taken.
     """
 
     def __init__(
@@ -144,19 +145,18 @@ class StageAlignment:
         self.reference, self.alphas, self.betas, self.cutoff, self.rule = reference, alphas, betas, cutoff, rule
         self.predictions = Trajectory()
         self.active = reference is not None and any((*alphas, *betas))
-        self._step = 0
+        self.step = 0
         self._previous: tuple[Tensor, Tensor, float] | None = None
 
     def __call__(self, prediction_BCHW: Tensor, s: float) -> Tensor:
         """O_k for the network's X_k, (B, C, H, W), at noise level s_k; called once a step, in order."""
         prediction = prediction_BCHW.float()
         self.predictions.record(s, prediction)
+        k, self.step = self.step, self.step + 1
         if not self.active:
             return prediction
-        alpha, beta = self.alphas[self._step], self.betas[self._step]
-        self._step += 1
         reference = enlarge(self.reference.at(s).to(prediction.device), *prediction.shape[-2:])
-        aligned = align_direction(prediction, reference, alpha, self.cutoff)
-        corrected = accelerate(aligned, reference, self._previous, beta, s, self.rule)
+        aligned = align_direction(prediction, reference, self.alphas[k], self.cutoff)
+        corrected = accelerate(aligned, reference, self._previous, self.betas[k], s, self.rule)
         self._previous = (corrected, reference, s)
         return corrected

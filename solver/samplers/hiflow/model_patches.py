@@ -8,6 +8,7 @@
 * `attention_scale`: proportional attention, logits times √(ln L / ln L₀) for L keys instead of the usual L₀.
 * `repeated_text`: one copy of the text a base-size tile of the image.
 * `shifted_patches`: the 2 x 2 patch grid moved by one latent pixel at every other step.
+* `stretched_condition`: a condition image (Kontext's) covers the larger picture as it covered the base.
 
 All of them are module hooks and attributes, so they work under LoRA, ControlNet, offloading, quantised linear layers
 and any attention backend. Source: arXiv 2504.06232 and its public code, after I-Max, arXiv 2410.07536.
@@ -113,6 +114,29 @@ def repeated_text(transformer: nn.Module, copies: tuple[int, int], tile: tuple[i
         return args, given
 
     with _hooked(transformer.register_forward_pre_hook(repeat, with_kwargs=True)):
+        yield
+
+
+@contextmanager
+def stretched_condition(transformer: nn.Module, tokens: int, scale: tuple[float, float]) -> Iterator[None]:
+    """Inside, position p of a condition image is (p + 1/2) · scale - 1/2.
+
+    Kontext ties its condition to the picture by equal positions. A picture of twice the side has positions up to twice
+    as far, so without this the condition would lie on its upper left quarter. Ours: paper and code have no conditions.
+
+    Args:
+        transformer: gets the hook.
+        tokens: of the picture; those after them are the condition's.
+        scale: height and width of the stage over those of the base.
+    """
+
+    def stretch(_, args, given):
+        ids = given["img_ids"].float()
+        condition = (ids[tokens:] + 0.5) * ids.new_tensor([1, *scale]) - ids.new_tensor([0.5, 0.5, 0.5])
+        given["img_ids"] = torch.cat([ids[:tokens], condition])
+        return args, given
+
+    with _hooked(transformer.register_forward_pre_hook(stretch, with_kwargs=True)):
         yield
 
 

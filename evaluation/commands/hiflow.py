@@ -1,0 +1,96 @@
+"""Pictures larger than the model knows, 1K to 2K and 4K, without training.
+
+    python sample.py hiflow --model black-forest-labs/FLUX.1-dev --dtype bfloat16 --sizes 1024 2048 4096 \\
+        --prompt "a lighthouse at dusk" --seed 7 --output large.png
+    python sample.py hiflow --model zoo/mini-sd --sizes 64 128 --steps 20 --image small.png \\
+        --prompt "a small red ring above a blue cube" --seed 7 --output large.png
+    python sample.py hiflow --explain --family flux --sizes 1024 2048 4096 --preset code --json
+
+`--explain` prints sizes, steps, noise levels, FLOPs and memory of a published model, and loads no weights.
+"""
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", help="pipeline: hub id or local folder")
+    parser.add_argument("--prompt")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--output", type=Path, help="PNG file to write")
+    parser.add_argument("--sizes", type=_size, nargs="+", default=[1024, 2048, 4096], help="pixels, or HEIGHTxWIDTH")
+    parser.add_argument("--all_sizes", action="store_true", help="write the smaller pictures too, as NAME_SIZE.png")
+    parser.add_argument("--image", type=Path, help="picture of the first size to enlarge, instead of rendering it")
+    parser.add_argument("--preset", default="code", help="code or paper: whose numbers")
+    parser.add_argument("--steps", type=int, help="of the base; the larger stages keep their share of it")
+    parser.add_argument("--stage_steps", type=int, nargs="+", help="one a larger stage; the last one serves the rest")
+    parser.add_argument("--tau", type=float, nargs="+", help="instead: share of the base's steps")
+    parser.add_argument("--guidance_scale", type=float, nargs="+", help="one, or one a stage")
+    parser.add_argument("--cutoff", type=float, nargs="+", help="of the low band, in Nyquist frequencies")
+    parser.add_argument("--alpha", type=float, nargs="+", help="strength of the direction alignment")
+    parser.add_argument("--beta", type=float, nargs="+", help="strength of the acceleration alignment")
+    parser.add_argument("--start", help="image or prediction: what is enlarged and noised")
+    parser.add_argument("--acceleration", help="code, eq10 or fixed-noise: the rule")
+    parser.add_argument("--alignment", default="full", help="none, init, init+direction or full")
+    parser.add_argument("--explain", action="store_true", help="print the plan and stop")
+    parser.add_argument("--family", default="flux", help="published model of --explain")
+    parser.add_argument("--json", action="store_true", help="of --explain")
+    parser.add_argument("--device", help="the GPU if there is one, by default")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+
+
+def run(given: Namespace) -> Path | str:
+    """Writes the picture, or answers the plan. Raises ValueError or OSError."""
+    from solver.samplers.hiflow.plan import as_recipe, with_changes, with_steps
+
+    recipe = as_recipe(given.preset)
+    if given.steps is not None:
+        recipe = with_steps(recipe, given.steps)
+    tuples = {name: getattr(given, name) for name in ("stage_steps", "tau", "cutoff", "alpha", "beta")}
+    tuples = {name: value and tuple(value) for name, value in tuples.items()}
+    recipe = with_changes(recipe, **tuples, start=given.start, acceleration=given.acceleration)
+    guidance = given.guidance_scale
+    guidance = guidance[0] if guidance and len(guidance) == 1 else guidance
+    if not given.explain:
+        return _render(given, recipe, guidance)
+    from solver.samplers.hiflow.explain import as_table, explain
+
+    report = explain(given.family, given.sizes, recipe, guidance, given.alignment)
+    return json.dumps(report, indent=1) if given.json else as_table(report)
+
+
+def _render(given: Namespace, recipe, guidance) -> Path:
+    if missing := [f"--{key}" for key in ("model", "prompt", "seed", "output") if getattr(given, key) is None]:
+        raise ValueError(f"{', '.join(missing)}: needed to render. --explain needs none of them.")
+    from PIL import Image
+
+    from evaluation.rendering import load_pipeline
+    from evaluation.single import save_png
+    from solver.samplers.hiflow.sampler import hiflow
+
+    pipe = load_pipeline(given.model, given.dtype, given.device)
+    result = hiflow(
+        pipe,
+        given.prompt,
+        given.seed,
+        given.sizes,
+        recipe,
+        image=Image.open(given.image) if given.image else None,
+        guidance_scale=guidance,
+        alignment=given.alignment,
+    )
+    facts = {"model": given.model, "prompt": given.prompt, "seed": given.seed}
+    pictures = result.images if given.all_sizes else result.images[-1:]
+    for image_BCHW in pictures:
+        (picture,) = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(image_BCHW))
+        path = given.output
+        if image_BCHW is not result.images[-1]:
+            path = path.with_stem(f"{path.stem}_{picture.height}")
+        save_png(picture, path, {**facts, "height": picture.height, "width": picture.width})
+    return given.output
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    height, _, width = text.partition("x")
+    return (int(height), int(width)) if width else int(height)

@@ -1,0 +1,180 @@
+"""What a cascade will do and cost, for published models, without loading any weights.
+
+    report = explain("flux", (1024, 2048, 4096), preset="code")
+    report["tflops"]["total"], report["memory_gib"]
+
+`report` is plain JSON:
+
+    {"stages": [{"size", "steps", "sigmas", "guidance_scale", "cutoff", "alpha", "beta"}, ...],   base first
+     "tflops": {"per_stage": [...], "total"},      of the denoiser, every branch of guidance and attention counted
+     "memory_gib"}                                 weights in bfloat16 and the hungriest stage, nothing offloaded
+
+`sigmas` has both ends, one more than steps; `alpha` and `beta` are the strengths at a stage's first step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+from solver.samplers.cost import NETWORKS, image_tokens, run_flops
+from solver.samplers.hiflow.memory import GIB, activation_bytes, decoder_bytes
+from solver.samplers.hiflow.noise import diffusion_sigmas
+from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, plan_stages
+
+BF16 = 2  # bytes
+
+
+@dataclass(frozen=True)
+class Family:
+    """A published model, as far as a plan needs it.
+
+    Attributes:
+        network: key of `cost.NETWORKS`.
+        parameters: of the denoiser, the text encoders and the autoencoder together, in billions.
+        width: of the denoiser's tokens; of a UNet, its first channels.
+        guidance_scale: the default of its pipeline; None where the recipe has one for each stage.
+        sigmas: of a base run, from the number of steps and of the base's image tokens.
+        condition: pixels of an image to edit that runs along.
+        largest: pixels a side that it has positions for.
+    """
+
+    network: str
+    parameters: float
+    width: int
+    guidance_scale: float | None
+    sigmas: Callable[[int, int], torch.Tensor]
+    condition: int = 0
+    largest: int | None = None
+
+    @property
+    def unet(self) -> bool:
+        return self.network == "sdxl"
+
+    @property
+    def flux(self) -> bool:
+        return self.network.startswith("flux")
+
+
+def _flux_dev_sigmas(steps: int, tokens: int) -> torch.Tensor:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=calculate_shift(tokens))
+    return scheduler.sigmas
+
+
+def _schnell_sigmas(steps: int, tokens: int) -> torch.Tensor:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+    return scheduler.sigmas
+
+
+def _sd3_sigmas(steps: int, tokens: int) -> torch.Tensor:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas
+
+
+def _sdxl_sigmas(steps: int, tokens: int) -> torch.Tensor:
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    leading = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+    return diffusion_sigmas(DDIMScheduler(**betas, **leading), steps)
+
+
+FAMILIES = {
+    "flux": Family("flux-dev", 16.87, 3072, None, _flux_dev_sigmas),
+    "flux-kontext": Family("flux-dev", 16.87, 3072, None, _flux_dev_sigmas, condition=1024**2),
+    "flux-schnell": Family("flux-schnell", 16.86, 3072, 0.0, _schnell_sigmas),
+    "sd3": Family("sd3-medium", 7.69, 1536, 7.0, _sd3_sigmas, largest=192 * 16),
+    "sd3.5-large": Family("sd3.5-large", 13.72, 2432, 7.0, _sd3_sigmas, largest=192 * 16),
+    "sdxl": Family("sdxl", 3.47, 320, 5.0, _sdxl_sigmas),
+}
+
+
+def explain(
+    family: str,
+    sizes: Sequence[Size],
+    preset: str | Recipe = "code",
+    guidance_scale: float | Sequence[float] | None = None,
+    alignment: str = "full",
+) -> dict:
+    """The plan, its FLOPs and its memory. Arguments as of `hiflow`.
+
+    Raises:
+        ValueError: the family is none of `FAMILIES`, or the plan does not fit together.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family {family!r}: plans without weights are known for {', '.join(FAMILIES)}.")
+    model, network = FAMILIES[family], NETWORKS[FAMILIES[family].network]
+    recipe = as_recipe(preset)
+    distilled = model.guidance_scale is None
+    stages = plan_stages(sizes, recipe, network.pixels, guidance_scale, alignment, distilled, model.flux)
+    largest = max(stages[-1].height, stages[-1].width)
+    if model.largest and largest > model.largest:
+        raise ValueError(f"{family} has positions for {model.largest} pixels a side; {largest} were asked for.")
+
+    base = sizes[0] if not isinstance(sizes[0], int) else (sizes[0], sizes[0])
+    grid = model.sigmas(recipe.steps, image_tokens(network, *base))
+    condition = model.condition // network.pixels**2
+    tflops = [_stage_flops(network, stage, condition) / 1e12 for stage in stages]
+    return {
+        "family": family,
+        "start": recipe.start,
+        "stages": [_as_json(stage, model, grid) for stage in stages],
+        "tflops": {"per_stage": tflops, "total": sum(tflops)},
+        "memory_gib": max(_memory_bytes(model, network, stage, condition) for stage in stages) / GIB,
+    }
+
+
+def _as_json(stage: Stage, model: Family, grid: torch.Tensor) -> dict:
+    guidance = model.guidance_scale if stage.guidance_scale is None else stage.guidance_scale
+    return {
+        "size": stage.height if stage.height == stage.width else [stage.height, stage.width],
+        "steps": stage.steps,
+        "sigmas": grid[stage.first :].tolist(),
+        "guidance_scale": guidance,
+        "cutoff": stage.cutoff,
+        "alpha": stage.alpha,
+        "beta": stage.beta,
+        "ntk_factor": stage.ntk_factor,
+        "text_copies": stage.text_copies[0] * stage.text_copies[1],
+        "proportional_attention": stage.proportional_attention,
+        "shifted_patches": stage.shifted_patches,
+    }
+
+
+def _stage_flops(network, stage: Stage, condition: int) -> float:
+    tokens = image_tokens(network, stage.height, stage.width)
+    rows, columns = stage.height // network.pixels, stage.width // network.pixels
+    shifted = (stage.steps + 1) // 2 if stage.shifted_patches else 0
+    evaluations = [
+        ((rows + 1) * (columns + 1) + condition, shifted),
+        (tokens + condition, stage.steps - shifted),
+    ]
+    text = network.text_tokens * stage.text_copies[0] * stage.text_copies[1]
+    return run_flops(network, evaluations, text)
+
+
+def _memory_bytes(model: Family, network, stage: Stage, condition: int) -> float:
+    tokens = image_tokens(network, stage.height, stage.width) + condition
+    if not model.unet:
+        tokens += network.text_tokens * stage.text_copies[0] * stage.text_copies[1]
+    denoising = activation_bytes(tokens * network.branches, model.width, BF16, model.unet)
+    return model.parameters * 1e9 * BF16 + max(denoising, decoder_bytes(stage.height, stage.width, BF16))
+
+
+def as_table(report: dict) -> str:
+    """The report for people."""
+    head = f"{'size':>11} {'steps':>5} {'σ':>14} {'guidance':>8} {'cutoff':>6} {'α':>5} {'β':>5} {'TFLOPs':>9}"
+    rows = [head]
+    for stage, cost in zip(report["stages"], report["tflops"]["per_stage"], strict=True):
+        size = stage["size"] if isinstance(stage["size"], list) else [stage["size"]] * 2
+        span = f"{stage['sigmas'][0]:.3f} → {stage['sigmas'][-1]:.3f}"
+        cutoff = "" if stage["cutoff"] is None else f"{stage['cutoff']:g}"
+        rows.append(
+            f"{size[0]:>5} x {size[1]:<3} {stage['steps']:>5} {span:>14} {stage['guidance_scale']:>8g} {cutoff:>6} "
+            f"{stage['alpha']:>5g} {stage['beta']:>5g} {cost:>9,.0f}"
+        )
+    rows.append(f"total {report['tflops']['total']:,.0f} TFLOPs, about {report['memory_gib']:.0f} GiB in bfloat16")
+    return "\n".join(rows)

@@ -1,0 +1,89 @@
+"""How much memory a cascade needs, estimated before it runs.
+
+What counts is the hungriest stage: either the denoiser's activations, or the autoencoder's. Both grow with the area;
+with fused attention nothing grows faster. The constants are counted on the blocks, in multiples of tokens x width; for
+FLUX.1-dev at 4096² in bfloat16 with a tiled autoencoder they make 39 GiB, where 48 to 50 are reported. Good enough to
+refuse what cannot fit, not to fill a card to the last GiB.
+"""
+
+from collections.abc import Sequence
+
+import psutil
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from solver.samplers.hiflow.pixels import LARGEST_WHOLE_PICTURE
+from solver.samplers.hiflow.plan import Stage
+from solver.samplers.latents import denoiser, patch_size, vae_factor
+
+GIB = 1024**3
+BLOCK_WIDTHS = 20  # tensors of tokens x width alive at once in a transformer block, rotations in float32 included
+UNET_WIDTHS = 24  # likewise of latent pixels x first channels in a UNet, skip connections included
+DECODER_CHANNELS = 2400  # values a pixel alive at once in a KL autoencoder's decoder: 80 GB at 4096² in bfloat16
+TILE = 1024**2  # pixels
+
+
+def activation_bytes(tokens: float, width: int, bytes_per_value: int, unet: bool = False) -> float:
+    """Of one evaluation of the denoiser: `tokens` of the picture, a condition and the text, or latent pixels."""
+    return tokens * width * (UNET_WIDTHS if unet else BLOCK_WIDTHS) * bytes_per_value
+
+
+def decoder_bytes(height: int, width: int, bytes_per_value: int, tiled: bool = False) -> float:
+    """Of decoding one picture, in tiles above 2048², or always if `tiled`."""
+    pixels = height * width
+    in_tiles = tiled or pixels > LARGEST_WHOLE_PICTURE
+    return (min(TILE, pixels) if in_tiles else pixels) * DECODER_CHANNELS * bytes_per_value
+
+
+def check_memory(pipe: DiffusionPipeline, stages: Sequence[Stage], batch: int) -> None:
+    """Raises ValueError where a stage cannot fit into the free memory of the pipeline's device."""
+    needed, worst = max(((_stage_bytes(pipe, stage, batch), stage) for stage in stages), key=lambda pair: pair[0])
+    device = pipe._execution_device
+    needed += max((_bytes(part) for part in pipe.components.values() if _waits_elsewhere(part, device)), default=0)
+    free = _free_bytes(device)
+    if needed > free:
+        raise ValueError(
+            f"{worst.height} x {worst.width} in a batch of {batch} needs about {needed / GIB:.1f} GiB on {device}, "
+            f"where {free / GIB:.1f} GiB are free. What helps: fewer pictures at once, smaller sizes, "
+            "pipe.enable_model_cpu_offload(), pipe.vae.enable_tiling(), a quantised transformer, half precision; "
+            "ignore_memory=True goes on regardless."
+        )
+
+
+def _stage_bytes(pipe: DiffusionPipeline, stage: Stage, batch: int) -> float:
+    network = denoiser(pipe)
+    unet = pipe.components.get("unet") is not None
+    if unet:
+        width, pixels = network.config.block_out_channels[0], vae_factor(pipe)
+    else:
+        width = network.config.num_attention_heads * network.config.attention_head_dim
+        pixels = vae_factor(pipe) * patch_size(pipe)
+    rows = batch * (2 if _guided_in_one_batch(pipe) else 1)
+    tokens = rows * (stage.height // pixels) * (stage.width // pixels)
+    tiled = getattr(pipe.vae, "use_tiling", False)
+    return max(
+        activation_bytes(tokens, width, network.dtype.itemsize, unet),
+        batch * decoder_bytes(stage.height, stage.width, pipe.vae.dtype.itemsize, tiled),
+    )
+
+
+def _guided_in_one_batch(pipe: DiffusionPipeline) -> bool:
+    """Whether both branches of classifier-free guidance are evaluated at once, as all but the FLUX family do it."""
+    return not hasattr(pipe, "_pack_latents")
+
+
+def _waits_elsewhere(part, device: torch.device) -> bool:
+    """Whether a component is offloaded: it comes to the device when it is needed."""
+    return isinstance(part, nn.Module) and next(part.parameters(), torch.empty(0, device=device)).device != device
+
+
+def _bytes(part: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in part.parameters())
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached

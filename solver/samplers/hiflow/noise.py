@@ -1,0 +1,94 @@
+"""Flow, ε- and v-models in one coordinate: the noise level s, and the clean image x_0 that a network predicts.
+
+    flow      x = (1 - σ) x_0 + σ ε,    model output ε - x_0,       s = σ
+    the rest  x = α x_0 + σ ε,          ε, or α ε - σ x_0 (v),      s = σ/α, which is EDM's σ
+
+With these s both are dy = f ds, so HiFlow's rules, written for flow models, hold for SD and SDXL as they stand.
+"""
+
+import copy
+import math
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from torch import Tensor
+
+from solver.samplers.cascade import is_flow
+from solver.scheduling_consistency_solver import ConsistencySolverScheduler
+
+PREDICTIONS = ("flow", "epsilon", "v_prediction")
+
+
+def prediction_type(scheduler: SchedulerMixin) -> str:
+    """One of `PREDICTIONS`.
+
+    Raises:
+        ValueError: the model predicts something else.
+    """
+    kind = "flow" if is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
+    if kind not in PREDICTIONS:
+        raise ValueError(f"prediction_type={kind!r}: HiFlow knows models that predict {', '.join(PREDICTIONS)}.")
+    return kind
+
+
+def noised(x0: Tensor, noise: Tensor, s: float, kind: str) -> Tensor:
+    """The sample at noise level s of a clean image and a noise of its shape."""
+    if kind == "flow":
+        return (1 - s) * x0 + s * noise
+    return (x0 + s * noise) / math.hypot(1, s)
+
+
+def clean_image(sample: Tensor, model_output: Tensor, s: float, kind: str) -> Tensor:
+    """x_0 as the network predicts it."""
+    if kind == "flow":
+        return sample - s * model_output
+    alpha = 1 / math.hypot(1, s)
+    if kind == "v_prediction":
+        return alpha * sample - s * alpha * model_output
+    return sample / alpha - s * model_output
+
+
+def model_output_of(sample: Tensor, x0: Tensor, s: float, kind: str) -> Tensor:
+    """What the network would have to say for this x_0; the inverse of `clean_image`.
+
+    Args:
+        s: > 0.
+    """
+    if kind == "flow":
+        return (sample - x0) / s
+    alpha = 1 / math.hypot(1, s)
+    epsilon = (sample / alpha - x0) / s
+    return epsilon if kind == "epsilon" else alpha * epsilon - s * alpha * x0
+
+
+def stage_solver(pipe: DiffusionPipeline, scheduler: SchedulerMixin | None = None) -> SchedulerMixin:
+    """The solver of a stage, without history: Euler of flow models, DDIM, or a `ConsistencySolverScheduler`.
+
+    Args:
+        pipe: its scheduler is copied, or gives its configuration where it is another one: HiFlow is written for
+            deterministic first-order steps, and a multistep history says nothing about a stage that begins in the
+            middle.
+        scheduler: instead of the pipeline's.
+
+    Raises:
+        ValueError: the given scheduler is another one.
+    """
+    given = pipe.scheduler if scheduler is None else scheduler
+    plain = FlowMatchEulerDiscreteScheduler if is_flow(given) else DDIMScheduler
+    if isinstance(given, plain | ConsistencySolverScheduler):
+        return copy.deepcopy(given)
+    if scheduler is not None:
+        raise ValueError(
+            f"scheduler={type(scheduler).__name__}: HiFlow's stages are walked by {plain.__name__} or "
+            "ConsistencySolverScheduler."
+        )
+    return plain.from_config(given.config)
+
+
+def diffusion_sigmas(scheduler: SchedulerMixin, steps: int, device: torch.device | None = None) -> Tensor:
+    """σ/α at the points of the scheduler's own grid of an ε- or v-model, (K+1,), and sets it."""
+    scheduler.set_timesteps(steps, device=device)
+    if not isinstance(scheduler, DDIMScheduler):
+        return scheduler.sigmas.cpu().float()
+    signal = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps.cpu()], scheduler.final_alpha_cumprod[None]])
+    return ((1 - signal) / signal).sqrt().float()

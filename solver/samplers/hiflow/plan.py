@@ -1,0 +1,299 @@
+"""Which sizes, in how many steps, with what strengths: HiFlow's plan, before anything is run.
+
+    stages = plan_stages((1024, 2048, 4096), PRESETS["code"], multiple=16)
+    sigmas = grid[stages[1].first :]    # the larger stages walk the tail of the base grid, which is never re-shifted
+
+Two recipes are known, of the public code and of the paper, and they disagree on almost every number; both are here.
+Change one with `dataclasses.replace(PRESETS["code"], cutoff=(0.3,))`. Where a recipe has a number for each larger
+stage, the last one serves all stages after it.
+
+Source: arXiv 2504.06232 (2048² and 4096² from FLUX.1-dev) and its public code.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from solver.samplers.hiflow.alignment import ACCELERATION_RULES
+
+ALIGNMENTS = ("none", "init", "init+direction", "full")  # the rows of the paper's ablation
+STARTS = ("image", "prediction")
+
+Size = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """HiFlow's numbers. Tuples have one entry a larger stage.
+
+    Attributes:
+        steps: of the base stage, N.
+        stage_steps: K: how many of the last steps of the base grid a stage takes. None where `tau` says it.
+        tau: K / N instead, in (0, 1): the paper's, read as a share of the steps. It is no σ: as such it would be far
+            less noise (0.6 of 30 steps begins at σ = 0.83 on FLUX's grid).
+        guidance_scales: of FLUX.1-dev's distilled guidance, base first. Other models keep their pipeline's own.
+        cutoff: of the low-pass filter, in Nyquist frequencies of the stage's latents.
+        alpha, beta: strength of the direction and of the acceleration alignment at a stage's first step; both fall
+            linearly to 1/K of it at the last.
+        start: what is enlarged and noised: the finished "image" (in pixels, sharpened), or the "prediction" of x_0
+            that the stage before had at the noise level of the start (in latents).
+        acceleration: one of `ACCELERATION_RULES`.
+        ntk_factor: of the rotary base; 1 changes nothing. This and what follows is for FLUX-type transformers only.
+        proportional_attention: whether logits grow with the number of keys.
+        text_copies: whether the text comes once a base-size tile of the image.
+        shifted_patches: whether the patch grid moves at every other step.
+    """
+
+    steps: int = 30
+    stage_steps: tuple[int, ...] | None = None
+    tau: tuple[float, ...] | None = None
+    guidance_scales: tuple[float, ...] | None = None
+    cutoff: tuple[float, ...] = (0.2,)
+    alpha: tuple[float, ...] = (1.0,)
+    beta: tuple[float, ...] = (1.0,)
+    start: str = "image"
+    acceleration: str = "code"
+    ntk_factor: tuple[float, ...] = (1.0,)
+    proportional_attention: bool = False
+    text_copies: bool = False
+    shifted_patches: bool = False
+
+
+PRESETS = {
+    "code": Recipe(
+        stage_steps=(16, 10),
+        guidance_scales=(3.5, 4.5, 6.0),
+        cutoff=(0.2,),
+        alpha=(1.0, 0.25),
+        beta=(0.5,),
+        start="image",
+        ntk_factor=(10.0,),
+        proportional_attention=True,
+        shifted_patches=True,
+    ),
+    "paper": Recipe(
+        tau=(0.6, 0.3),
+        guidance_scales=(3.5, 4.5, 6.0),  # the paper states none; these are the code's
+        cutoff=(0.4,),
+        alpha=(1.0,),
+        beta=(1.0,),
+        start="prediction",
+        ntk_factor=(10.0,),
+        proportional_attention=True,
+        text_copies=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One size of the cascade.
+
+    Attributes:
+        height, width: in pixels.
+        first, stop: it walks the steps first .. stop-1 of the base grid, which has `stop` of them.
+        guidance_scale: None for the pipeline's own.
+        cutoff: None at the base.
+        alpha, beta: strengths at the first step, 0 at the base.
+        ntk_factor: of the rotary base.
+        text_copies: (r_h, r_w).
+        proportional_attention, shifted_patches: as in `Recipe`, off at the base.
+    """
+
+    height: int
+    width: int
+    first: int
+    stop: int
+    guidance_scale: float | None
+    cutoff: float | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+    ntk_factor: float = 1.0
+    text_copies: tuple[int, int] = (1, 1)
+    proportional_attention: bool = False
+    shifted_patches: bool = False
+
+    @property
+    def steps(self) -> int:
+        return self.stop - self.first
+
+    def ramp(self, strength: float) -> tuple[float, ...]:
+        """A (K - k) / K for k = 0 .. K-1: t / τ of the paper, on the unshifted grid."""
+        return tuple(strength * (self.steps - k) / self.steps for k in range(self.steps))
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with another number of base steps; the larger stages take the same share of them, at least one."""
+    if recipe.stage_steps is None:
+        return replace(recipe, steps=steps)
+    scaled = tuple(max(1, round(count * steps / recipe.steps)) for count in recipe.stage_steps)
+    return replace(recipe, steps=steps, stage_steps=scaled)
+
+
+def with_changes(recipe: Recipe, **changes) -> Recipe:
+    """`dataclasses.replace` without what is None; of `stage_steps` and `tau` the new one takes the place of the other.
+
+    Raises:
+        ValueError: both are given.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if "stage_steps" in changes and "tau" in changes:
+        raise ValueError(f"stage_steps={changes['stage_steps']}, tau={changes['tau']}: give one of the two.")
+    other = {"stage_steps": "tau", "tau": "stage_steps"}
+    return replace(recipe, **dict.fromkeys(other[name] for name in changes if name in other), **changes)
+
+
+def as_recipe(preset: str | Recipe) -> Recipe:
+    """A recipe by its name, or as it is.
+
+    Raises:
+        ValueError: no preset has that name.
+    """
+    if isinstance(preset, Recipe):
+        return preset
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: expected {', '.join(map(repr, PRESETS))}, or a Recipe.")
+    return PRESETS[preset]
+
+
+def plan_stages(
+    sizes: Sequence[Size],
+    recipe: Recipe,
+    multiple: int,
+    guidance_scale: float | Sequence[float] | None = None,
+    alignment: str = "full",
+    distilled_guidance: bool = True,
+    model_patches: bool = True,
+) -> list[Stage]:
+    """The stages of a run, base first.
+
+    Args:
+        sizes: of the pictures, in pixels, ascending: sides of squares, or (height, width). The first is the base.
+        recipe: HiFlow's numbers.
+        multiple: of which heights and widths have to be, in pixels.
+        guidance_scale: one for all stages or one a stage; None takes the recipe's where `distilled_guidance`, and the
+            pipeline's own elsewhere.
+        alignment: one of `ALIGNMENTS`. "none" is the largest size alone, from noise, in all the base's steps; "init"
+            has no guidance along the way.
+        distilled_guidance: whether the model is told its guidance scale, as FLUX.1-dev is.
+        model_patches: whether the model takes the recipe's changes inside the transformer.
+
+    Raises:
+        ValueError: sizes that do not ascend, do not divide or change their proportions, more steps than the stage
+            before has, numbers out of their ranges.
+    """
+    _check_recipe(recipe)
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"alignment={alignment!r}: expected one of {', '.join(map(repr, ALIGNMENTS))}.")
+    pixels = _check_sizes(sizes, multiple)
+    steps = [recipe.steps, *_stage_steps(recipe, len(pixels) - 1)]
+    guidance = _guidance_scales(recipe if distilled_guidance else None, guidance_scale, len(pixels))
+    base = pixels[0]
+    stages = [Stage(*base, first=0, stop=recipe.steps, guidance_scale=guidance[0])]
+    for i, (height, width) in enumerate(pixels[1:]):
+        patches = {
+            "ntk_factor": _entry(recipe.ntk_factor, i),
+            "text_copies": (height // base[0], width // base[1]) if recipe.text_copies else (1, 1),
+            "proportional_attention": recipe.proportional_attention,
+            "shifted_patches": recipe.shifted_patches,
+        }
+        stage = Stage(
+            height,
+            width,
+            first=recipe.steps - steps[i + 1],
+            stop=recipe.steps,
+            guidance_scale=guidance[i + 1],
+            cutoff=_entry(recipe.cutoff, i),
+            alpha=_entry(recipe.alpha, i) if alignment in ("init+direction", "full") else 0.0,
+            beta=_entry(recipe.beta, i) if alignment == "full" else 0.0,
+            **patches if model_patches else {},
+        )
+        stages.append(stage)
+    return [replace(stages[-1], first=0)] if alignment == "none" else stages
+
+
+def _entry(values: tuple, i: int):
+    return values[min(i, len(values) - 1)]
+
+
+def _stage_steps(recipe: Recipe, stages: int) -> list[int]:
+    """K of each larger stage."""
+    if recipe.tau is not None:
+        counts = [max(1, round(_entry(recipe.tau, i) * recipe.steps)) for i in range(stages)]
+    else:
+        counts = [_entry(recipe.stage_steps, i) for i in range(stages)]
+    before = recipe.steps
+    for i, count in enumerate(counts):
+        if not 1 <= count <= before:
+            raise ValueError(
+                f"Stage {i + 1} has {count} steps, but the stage before it has {before}: a stage follows the "
+                "predictions of the one before, step for step, so it takes 1 step to as many as that one. With fewer "
+                "base steps use with_steps(recipe, steps), or give stage_steps."
+            )
+        before = count
+    return counts
+
+
+def _guidance_scales(recipe: Recipe | None, given: float | Sequence[float] | None, stages: int) -> list[float | None]:
+    if given is None:
+        if recipe is None or recipe.guidance_scales is None:
+            return [None] * stages
+        return [_entry(recipe.guidance_scales, i) for i in range(stages)]
+    if isinstance(given, int | float):
+        return [float(given)] * stages
+    if len(given) != stages:
+        raise ValueError(f"guidance_scale {list(given)}: expected one number, or one for each of {stages} stages.")
+    return [float(value) for value in given]
+
+
+def _check_sizes(sizes: Sequence[Size], multiple: int) -> list[tuple[int, int]]:
+    if isinstance(sizes, int) or not len(sizes):
+        raise ValueError(f"sizes={sizes!r}: expected a sequence such as (1024, 2048), the base size first.")
+    pixels = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
+    for height, width in pixels:
+        if height <= 0 or width <= 0 or height % multiple or width % multiple:
+            raise ValueError(f"size {height} x {width}: height and width have to be positive multiples of {multiple}.")
+    base_height, base_width = pixels[0]
+    for i, (height, width) in enumerate(pixels[1:]):
+        before = pixels[i]
+        if height < before[0] or width < before[1] or (height, width) == before:
+            raise ValueError(
+                f"sizes have to ascend, but {height} x {width} comes after {before[0]} x {before[1]}. "
+                "The first is the size that the model knows."
+            )
+        # Half a multiple of rounding in each side is what sizes of equal proportions can differ by.
+        if abs(height * base_width - width * base_height) > multiple * max(base_height, base_width) / 2:
+            raise ValueError(
+                f"{height} x {width} has other proportions than the base, {base_height} x {base_width}: the larger "
+                "picture is the smaller one enlarged."
+            )
+    return pixels
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    if recipe.steps < 1:
+        raise ValueError(f"steps={recipe.steps}: the base needs at least 1.")
+    if (recipe.stage_steps is None) == (recipe.tau is None):
+        raise ValueError(
+            f"stage_steps={recipe.stage_steps}, tau={recipe.tau}: give one of the two, as a number a larger stage."
+        )
+    for name in ("stage_steps", "tau", "guidance_scales", "cutoff", "alpha", "beta", "ntk_factor"):
+        if (values := getattr(recipe, name)) is not None and (not isinstance(values, tuple) or not values):
+            raise ValueError(f"{name}={values!r}: expected a tuple with a number a larger stage, such as (0.2,).")
+    ranges = {
+        "tau": (
+            lambda value: 0 < value < 1,
+            "between 0 and 1, both excluded: the share of the steps that is run again",
+        ),
+        "cutoff": (lambda value: value > 0, "above 0, in Nyquist frequencies; alpha=(0,) switches the direction off"),
+        "alpha": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+        "beta": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+        "ntk_factor": (lambda value: value > 0 and math.isfinite(value), "above 0; 1 changes nothing"),
+    }
+    for name, (allowed, words) in ranges.items():
+        for value in getattr(recipe, name) or ():
+            if not allowed(value):
+                raise ValueError(f"{name}={value}: expected a number {words}.")
+    for name, known in (("start", STARTS), ("acceleration", ACCELERATION_RULES)):
+        if getattr(recipe, name) not in known:
+            raise ValueError(f"{name}={getattr(recipe, name)!r}: expected one of {', '.join(map(repr, known))}.")

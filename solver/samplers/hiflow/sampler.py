@@ -1,0 +1,311 @@
+"""HiFlow: pictures of two and four times the size that a model knows, without training.
+
+    result = hiflow(pipe, "a lighthouse at dusk", seed=7, sizes=(1024, 2048, 4096))
+    result.images[-1]                                    # (1, 3, 4096, 4096) in [0, 1]; result.images[0] is the 1K one
+
+The base picture is rendered as ever, and its predictions of the clean image are kept. Each larger stage enlarges the
+finished picture, puts noise on it, and walks the tail of the same grid, its flow aligned with the smaller one's
+(`alignment`). Every stage is one stock call of the pipeline (`solver.samplers.cascade`), so LoRA, ControlNet and
+quantised models work as they do without. What the recipes change inside FLUX is in `model_patches`.
+
+Source: arXiv 2504.06232; paper and public code disagree, `plan.PRESETS` has both.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor
+from torchvision.transforms.functional import to_tensor
+
+from solver.samplers.cascade import Segment, run_segment, sigma_grid
+from solver.samplers.hiflow import model_patches
+from solver.samplers.hiflow.alignment import StageAlignment, Trajectory, enlarge, sharpen
+from solver.samplers.hiflow.memory import check_memory
+from solver.samplers.hiflow.noise import (
+    clean_image,
+    diffusion_sigmas,
+    model_output_of,
+    noised,
+    prediction_type,
+    stage_solver,
+)
+from solver.samplers.hiflow.pixels import encode, tiled_where_needed
+from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, plan_stages
+from solver.samplers.latents import decode, denoiser, is_video, latent_shape, patch_size, vae_factor
+
+OURS = (
+    *("prompt", "latents", "height", "width", "num_inference_steps", "sigmas", "timesteps", "guidance_scale"),
+    *("generator", "num_images_per_prompt", "output_type", "return_dict"),
+)  # arguments of a pipeline that are said in another way here
+
+
+class HiFlowResult(NamedTuple):
+    """What a cascade leaves.
+
+    Attributes:
+        images: float32 (B, 3, H, W) in [0, 1] for each size, base first (a given image first). NaN stays NaN.
+        latents_BCHW: of the last size, unpacked.
+        stages: the plan that was run, base first.
+        sigmas: noise levels that each stage walked: σ of flow models, σ/α of the others.
+    """
+
+    images: list[Tensor]
+    latents_BCHW: Tensor
+    stages: list[Stage]
+    sigmas: list[list[float]]
+
+
+@torch.no_grad()
+def hiflow(
+    pipe: DiffusionPipeline,
+    prompt: str | Sequence[str] | None,
+    seed: int | Sequence[int],
+    sizes: Sequence[Size] = (1024, 2048, 4096),
+    preset: str | Recipe = "code",
+    image: Tensor | object | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
+    alignment: str = "full",
+    scheduler: SchedulerMixin | None = None,
+    call: dict | None = None,
+    ignore_memory: bool = False,
+) -> HiFlowResult:
+    """Pictures of growing size from one prompt and one seed, or from a batch of both.
+
+    Args:
+        pipe: a stock pipeline of images: FLUX.1 (dev, Kontext, schnell), SD3, SDXL, SD, with or without ControlNet.
+            Afterwards it is as it was.
+        prompt: one, or B. None where `call` has embeddings.
+        seed: one a picture, or B; the same picture whatever else is in the batch. One prompt can have several seeds.
+        sizes: in pixels, the one that the model knows first: sides of squares, or (height, width).
+        preset: "code" or "paper", or a `plan.Recipe`; with other numbers of steps see `plan.with_steps`.
+        image: a picture of the first size to start from instead of rendering it: PIL, or (B or 1, 3, H, W) in [0, 1].
+            Its latents are the reference at every noise level.
+        guidance_scale: one, or one a stage; by default the recipe's for FLUX.1-dev, else the pipeline's own.
+        alignment: "full", or less of it, to see what it does: "none" (the last size alone, from noise), "init",
+            "init+direction".
+        scheduler: the solver of all stages: FlowMatchEulerDiscreteScheduler, DDIMScheduler or a learned
+            ConsistencySolverScheduler. By default the pipeline's own, or the first two in its configuration.
+        call: further arguments of the pipeline: embeddings, a negative prompt, a control image (which is resized for
+            each stage), Kontext's image to edit.
+        ignore_memory: go on where the estimate says that it cannot fit.
+
+    Raises:
+        ValueError: anything that does not fit together, said before the first step: sizes, steps, strengths, numbers
+            of prompts and seeds, arguments in `call` that are said otherwise here, more memory than there is.
+    """
+    if is_video(pipe):
+        raise ValueError(f"{type(pipe).__name__} makes videos; HiFlow is for pipelines that make images.")
+    recipe = as_recipe(preset)
+    patched = model_patches.takes_patches(pipe)
+    stages = plan_stages(
+        sizes,
+        recipe,
+        multiple=vae_factor(pipe) * patch_size(pipe),
+        guidance_scale=guidance_scale,
+        alignment=alignment,
+        distilled_guidance=bool(denoiser(pipe).config.get("guidance_embeds")),
+        model_patches=patched,
+    )
+    base = _as_size(sizes[0])
+    _check_positions(pipe, stages[-1])
+    call, seeds = _picture_call(pipe, prompt, seed, call or {})
+    start = None if image is None else _given_image(image, base, len(seeds), alignment)
+    if not ignore_memory:
+        check_memory(pipe, stages, len(seeds))
+
+    kind = prediction_type(stage_solver(pipe, scheduler))
+    grid = _base_grid(pipe, recipe.steps, base, scheduler, call)
+    generators = [torch.Generator().manual_seed(one) for one in seeds]
+    run = _Run(pipe, recipe, kind, grid, base, scheduler, call, seeds)
+
+    images, walked, reference, latents = [], [], None, None
+    if start is not None:
+        images, stages = [start], stages[1:]
+    for stage in stages:
+        noise = torch.stack(
+            [torch.randn(latent_shape(pipe, stage.height, stage.width), generator=g) for g in generators]
+        )
+        with tiled_where_needed(pipe, stage.height, stage.width):
+            if images:
+                clean, reference = run.enlarged(stage, images[-1], reference)
+                sample = noised(clean, noise.to(clean.device), float(grid[stage.first]), kind)
+            else:
+                sample = noise
+            latents, reference, sigmas = run.walk(stage, sample, reference)
+            images.append(decode(pipe, latents))
+            pipe.maybe_free_model_hooks()
+        walked.append(sigmas)
+    return HiFlowResult(images, latents, stages, walked)
+
+
+class _Run(NamedTuple):
+    """What all stages share."""
+
+    pipe: DiffusionPipeline
+    recipe: Recipe
+    kind: str
+    grid: Tensor
+    base: tuple[int, int]
+    scheduler: SchedulerMixin | None
+    call: dict
+    seeds: list[int]
+
+    def enlarged(self, stage: Stage, image: Tensor, reference: Trajectory | None) -> tuple[Tensor, Trajectory]:
+        """The clean latents that the stage puts noise on, and what it follows."""
+        _, height, width = latent_shape(self.pipe, stage.height, stage.width)
+        if reference is None:  # a given image: its latents are all that is known, at every noise level
+            reference = Trajectory({0.0: encode(self.pipe, image)})
+        if self.recipe.start == "prediction":
+            return enlarge(reference.at(float(self.grid[stage.first])), height, width), reference
+        return encode(self.pipe, sharpen(enlarge(image, stage.height, stage.width))), reference
+
+    def walk(self, stage: Stage, sample: Tensor, reference: Trajectory | None):
+        """The stage's latents, its raw predictions, and the noise levels it saw."""
+        align = StageAlignment(
+            reference,
+            stage.ramp(stage.alpha),
+            stage.ramp(stage.beta),
+            stage.cutoff or 1.0,
+            self.recipe.acceleration,
+        )
+        kind, seen = self.kind, []
+
+        def on_step(sample, s, s_next, model_output):
+            seen[:] = [*seen[: align.step], s, s_next]
+            x = sample.float()
+            x0 = align(clean_image(x, model_output.float(), s, kind), s)
+            return (sample, model_output_of(x, x0, s, kind)) if align.active else None
+
+        solver = stage_solver(self.pipe, self.scheduler)
+        if kind == "flow":
+            segment = Segment(self.grid[stage.first :], stage.height, stage.width, on_step)
+        else:
+            solver.sigmas = diffusion_sigmas(
+                solver, stage.stop, self.pipe._execution_device
+            )  # DDIM has none of its own
+            segment = Segment(None, stage.height, stage.width, on_step, (stage.first, stage.stop, stage.stop))
+        with _patches(self.pipe, stage, self.base, lambda: align.step % 2 == 0):
+            latents = run_segment(self.pipe, sample, segment, scheduler=solver, **self._call(stage))
+        return latents.float(), align.predictions, seen
+
+    def _call(self, stage: Stage) -> dict:
+        """The pipeline's arguments at this size."""
+        call = {**self.call, **_sized(self.pipe, stage.height, stage.width)}
+        if stage.guidance_scale is not None:
+            call["guidance_scale"] = stage.guidance_scale
+        call["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        if self.pipe.components.get("controlnet") is not None:
+            for name in ("control_image", "image"):
+                if name in call:
+                    call[name] = _resized(call[name], stage.height, stage.width)
+        return call
+
+
+@contextmanager
+def _patches(pipe: DiffusionPipeline, stage: Stage, base: tuple[int, int], is_shifted) -> Iterator[None]:
+    """The changes inside the transformer that the stage asks for. Hooks run in the order of this list."""
+    with ExitStack() as stack:
+        if model_patches.takes_patches(pipe) and (stage.height, stage.width) != base:
+            pixels = vae_factor(pipe) * patch_size(pipe)
+            rows, columns = stage.height // pixels, stage.width // pixels
+            base_rows, base_columns = base[0] // pixels, base[1] // pixels
+            network, (down, right) = pipe.transformer, stage.text_copies
+            scale = (rows / base_rows, columns / base_columns)
+            stack.enter_context(model_patches.rope_base(pipe, stage.ntk_factor))
+            stack.enter_context(model_patches.stretched_condition(network, rows * columns, scale))
+            if stage.proportional_attention:
+                tokens = (rows * columns, base_rows * base_columns)
+                stack.enter_context(model_patches.attention_scale(network, *tokens, down * right))
+            if down * right > 1:
+                tile = (base_rows, base_columns)
+                stack.enter_context(model_patches.repeated_text(network, stage.text_copies, tile))
+            if stage.shifted_patches:
+                stack.enter_context(model_patches.shifted_patches(pipe, (rows, columns), is_shifted))
+        yield
+
+
+def _base_grid(pipe, steps: int, base: tuple[int, int], scheduler, call: dict) -> Tensor:
+    """Noise levels of the base run, (N+1,). No stage shifts them again for its own size: at 4096² FLUX's shift would
+    leave next to nothing but noise until the last step."""
+    solver = stage_solver(pipe, scheduler)
+    if prediction_type(solver) != "flow":
+        return diffusion_sigmas(solver, steps)
+    own = {**call, **_sized(pipe, *base)}
+    return sigma_grid(pipe, steps, *base, scheduler=stage_solver(pipe), **own)
+
+
+def _sized(pipe: DiffusionPipeline, height: int, width: int) -> dict:
+    """Kontext renders the area that it is told, whatever the height and the width."""
+    return {"max_area": height * width} if "max_area" in inspect.signature(pipe.__call__).parameters else {}
+
+
+def _resized(control, height: int, width: int):
+    """A control image of the stage's size. PIL images are left to the pipeline, which resamples them well."""
+    if isinstance(control, list | tuple):
+        return [_resized(one, height, width) for one in control]
+    if not isinstance(control, Tensor):
+        return control
+    batch = control if control.ndim == 4 else control[None]
+    return F.interpolate(batch, (height, width), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+
+
+# ---- what was given ----
+
+
+def _as_size(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _picture_call(pipe, prompt, seed, call: dict) -> tuple[dict, list[int]]:
+    """The pipeline's arguments for B pictures, and their seeds."""
+    if ours := sorted(set(call) & set(OURS)):
+        raise ValueError(f"call has {', '.join(ours)}: hiflow says these itself, through its own arguments.")
+    if unknown := sorted(set(call) - set(inspect.signature(pipe.__call__).parameters)):
+        raise ValueError(f"call has {', '.join(unknown)}, which {type(pipe).__name__} does not take.")
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    if prompt is None:
+        if call.get("prompt_embeds") is None:
+            raise ValueError("There is neither a prompt nor prompt_embeds in call.")
+        if len(call["prompt_embeds"]) != len(seeds):
+            raise ValueError(f"{len(call['prompt_embeds'])} rows of prompt_embeds, but {len(seeds)} seeds: one each.")
+        return call, seeds
+    prompts = [prompt] * len(seeds) if isinstance(prompt, str) else list(prompt)
+    if len(prompts) != len(seeds) or not seeds:
+        raise ValueError(f"{len(prompts)} prompts, but {len(seeds)} seeds: every picture has one of each.")
+    return {**call, "prompt": prompts}, seeds
+
+
+def _given_image(image, base: tuple[int, int], batch: int, alignment: str) -> Tensor:
+    """float32 (B, 3, H, W) of the base size."""
+    if alignment == "none":
+        raise ValueError('alignment="none" renders the last size from noise, so it takes no image.')
+    picture = image if isinstance(image, Tensor) else to_tensor(image.convert("RGB"))
+    picture = (picture if picture.ndim == 4 else picture[None]).float()
+    if picture.ndim != 4 or picture.shape[1] != 3 or len(picture) not in (1, batch):
+        raise ValueError(
+            f"image of shape {tuple(picture.shape)}: expected (3, H, W), (1, 3, H, W) or ({batch}, 3, H, W)."
+        )
+    if tuple(picture.shape[-2:]) != base:
+        raise ValueError(
+            f"image of {picture.shape[-2]} x {picture.shape[-1]} pixels, but sizes begin with {base[0]} x {base[1]}: "
+            "resize the image, or let sizes begin with its own."
+        )
+    if not (picture.min() >= 0 and picture.max() <= 1):
+        raise ValueError(f"image has values from {picture.min():g} to {picture.max():g}: expected [0, 1].")
+    return picture.expand(batch, -1, -1, -1)
+
+
+def _check_positions(pipe: DiffusionPipeline, largest: Stage) -> None:
+    """SD3's table of positions ends somewhere."""
+    table = getattr(getattr(denoiser(pipe), "pos_embed", None), "pos_embed_max_size", None)
+    pixels = vae_factor(pipe) * patch_size(pipe)
+    if table is not None and max(largest.height, largest.width) > table * pixels:
+        raise ValueError(
+            f"{largest.height} x {largest.width}: {type(denoiser(pipe)).__name__} has positions for {table * pixels} "
+            "pixels a side and no more."
+        )
