@@ -1,0 +1,159 @@
+"""Plans against the published tables, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import sample
+from solver.samplers.hiflow.explain import FAMILIES, explain
+from solver.samplers.hiflow.plan import PRESETS, plan_stages, with_changes, with_steps
+
+LADDER = (1024, 2048, 4096)
+CODE, PAPER = PRESETS["code"], PRESETS["paper"]
+
+
+def test_the_codes_ladder_on_flux_dev():
+    """The tail that the public code really runs: μ = 1.15 of 4096 tokens, at every stage."""
+    base, second, third = explain("flux", LADDER)["stages"]
+    assert [stage["steps"] for stage in (base, second, third)] == [30, 16, 10]
+    assert len(base["sigmas"]) == 31 and base["sigmas"][0] == 1 and base["sigmas"][-1] == 0
+    tail = [0.783, 0.760, 0.734, 0.707, 0.678, 0.646, 0.612, 0.575, 0.535, 0.490, 0.441, 0.387, 0.327, 0.260]
+    assert second["sigmas"] == pytest.approx([*tail, 0.184, 0.098, 0], abs=6e-4)
+    assert third["sigmas"] == second["sigmas"][6:] == base["sigmas"][20:]
+    assert [stage["guidance_scale"] for stage in (base, second, third)] == [3.5, 4.5, 6.0]
+    assert [(stage["cutoff"], stage["alpha"], stage["beta"]) for stage in (base, second, third)] == [
+        (None, 0, 0),
+        (0.2, 1.0, 0.5),
+        (0.2, 0.25, 0.5),
+    ]
+
+
+def test_the_papers_ladder():
+    stages = explain("flux", (1024, 2048, 3072, 4096), "paper")["stages"]
+    assert [stage["steps"] for stage in stages] == [30, 18, 9, 9]
+    assert [round(stage["sigmas"][0], 3) for stage in stages[1:]] == [0.826, 0.575, 0.575]
+    assert {(stage["cutoff"], stage["alpha"], stage["beta"]) for stage in stages[1:]} == {(0.4, 1.0, 1.0)}
+    assert [stage["text_copies"] for stage in stages] == [1, 4, 9, 16]
+
+
+def test_flops_and_memory_of_the_codes_ladder():
+    """8.9 PFLOP to 2K and 48 to 4K; 74.4, 418 and 3908 TFLOP a step; 81 % in the last stage; 48 to 50 GB reported."""
+    report = explain("flux", LADDER)
+    small, middle, large = report["tflops"]["per_stage"]
+    assert report["tflops"]["total"] == pytest.approx(small + middle + large)
+    assert small + middle == pytest.approx(8900, rel=0.02)
+    assert small + middle + large == pytest.approx(48000, rel=0.02)
+    assert large / (small + middle + large) == pytest.approx(0.81, abs=0.01)
+    assert 40 < report["memory_gib"] < 60
+    plain = explain("flux", LADDER, replace(CODE, shifted_patches=False))["tflops"]["per_stage"]
+    steps = (30, 16, 10)
+    assert [total / k for total, k in zip(plain, steps, strict=True)] == pytest.approx([74.4, 418, 3908], rel=2e-3)
+
+
+def test_ramps_fall_to_one_step():
+    stage = plan_stages(LADDER, CODE, 16)[1]
+    assert stage.ramp(stage.beta) == pytest.approx([0.5 * (16 - k) / 16 for k in range(16)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_plan(family):
+    report = explain(family, (1024, 1536, 2048))
+    assert [stage["steps"] for stage in report["stages"]] == [30, 16, 10]
+    for stage in report["stages"]:
+        assert len(stage["sigmas"]) == stage["steps"] + 1
+        assert all(a > b for a, b in zip(stage["sigmas"][:-1], stage["sigmas"][1:], strict=True))
+    costs = report["tflops"]["per_stage"]
+    assert costs[0] / 30 < costs[1] / 16 < costs[2] / 10
+
+
+def test_guidance_is_the_recipes_only_for_distilled_models():
+    assert {stage["guidance_scale"] for stage in explain("sdxl", LADDER[:2])["stages"]} == {5.0}
+    assert [stage["guidance_scale"] for stage in explain("flux", LADDER, guidance_scale=(1, 2, 3))["stages"]] == [
+        1,
+        2,
+        3,
+    ]
+    assert {stage["guidance_scale"] for stage in explain("flux", LADDER, guidance_scale=2)["stages"]} == {2.0}
+
+
+def test_other_sizes_and_step_counts():
+    stages = plan_stages(((768, 1024), (1536, 2048)), CODE, 16)
+    assert [(stage.height, stage.width) for stage in stages] == [(768, 1024), (1536, 2048)]
+    assert [stage.steps for stage in plan_stages((128, 256, 512), with_steps(CODE, 15), 16)] == [15, 8, 5]
+    assert [stage.steps for stage in plan_stages((64, 128), with_steps(CODE, 1), 16)] == [1, 1]
+    changed = with_changes(CODE, tau=(0.5,), alpha=None)
+    assert changed.stage_steps is None and changed.alpha == CODE.alpha
+    assert [stage.steps for stage in plan_stages((64, 128), changed, 16)] == [30, 15]
+
+
+def test_ablations():
+    strengths = {
+        name: [(stage.alpha, stage.beta) for stage in plan_stages(LADDER, CODE, 16, alignment=name)]
+        for name in ("none", "init", "init+direction", "full")
+    }
+    assert strengths["init"] == [(0, 0)] * 3
+    assert strengths["init+direction"] == [(0, 0), (1, 0), (0.25, 0)]
+    assert strengths["full"] == [(0, 0), (1, 0.5), (0.25, 0.5)]
+    (alone,) = plan_stages(LADDER, CODE, 16, alignment="none")
+    assert (alone.height, alone.steps, alone.alpha, alone.beta) == (4096, 30, 0, 0)
+
+
+BAD = {
+    "ascend": {"sizes": (2048, 1024)},
+    "1024 x 1024 comes after": {"sizes": (1024, 1024)},
+    "multiples of 16": {"sizes": (1024, 2040)},
+    "proportions": {"sizes": ((1024, 1024), (2048, 1024))},
+    "expected a sequence": {"sizes": 1024},
+    "sizes=": {"sizes": ()},
+    "31 steps": {"recipe": replace(CODE, stage_steps=(31,))},
+    "17 steps, but the stage before it has 16": {"recipe": replace(CODE, stage_steps=(16, 17))},
+    "Stage 1 has 0 steps": {"recipe": replace(CODE, stage_steps=(0,))},
+    "16 steps, but the stage before it has 4": {"recipe": replace(CODE, steps=4)},
+    "steps=0": {"recipe": replace(CODE, steps=0)},
+    "tau=1.0": {"recipe": replace(PAPER, tau=(1.0,))},
+    "tau=0": {"recipe": replace(PAPER, tau=(0,))},
+    "tau=nan": {"recipe": replace(PAPER, tau=(float("nan"),))},
+    "give one of the two": {"recipe": replace(CODE, tau=(0.3,))},
+    "cutoff=0": {"recipe": replace(CODE, cutoff=(0,))},
+    "cutoff=-0.2": {"recipe": replace(CODE, cutoff=(-0.2,))},
+    "cutoff=0.2: expected a tuple": {"recipe": replace(CODE, cutoff=0.2)},
+    "alpha=1.5": {"recipe": replace(CODE, alpha=(1.5,))},
+    "beta=-1": {"recipe": replace(CODE, beta=(-1,))},
+    "ntk_factor=0": {"recipe": replace(CODE, ntk_factor=(0,))},
+    "start='picture'": {"recipe": replace(CODE, start="picture")},
+    "acceleration='paper'": {"recipe": replace(CODE, acceleration="paper")},
+    "alignment='A_i'": {"alignment": "A_i"},
+    "one for each of 3 stages": {"guidance_scale": (1, 2)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_plans(message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        plan_stages(**{"sizes": LADDER, "recipe": CODE, "multiple": 16, **BAD[message]})
+
+
+def test_bad_reports():
+    with pytest.raises(ValueError, match=r"'flux2'.*flux, flux-kontext"):
+        explain("flux2", LADDER)
+    with pytest.raises(ValueError, match="3072 pixels a side"):
+        explain("sd3", LADDER)
+    with pytest.raises(ValueError, match="'code', 'paper'"):
+        explain("flux", LADDER, "codes")
+
+
+def test_the_command_explains(capsys):
+    sample.main(
+        ["hiflow", "--explain", "--family", "flux", "--sizes", "1024", "2048", "4096", "--preset", "code", "--json"]
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) >= {"stages", "tflops", "memory_gib"}
+    assert set(report["stages"][0]) >= {"size", "steps", "sigmas", "guidance_scale", "cutoff", "alpha", "beta"}
+    assert [stage["size"] for stage in report["stages"]] == [1024, 2048, 4096]
+    assert set(report["tflops"]) == {"per_stage", "total"}
+    sample.main(["hiflow", "--explain", "--sizes", "768x1024", "1536x2048", "--tau", "0.5", "--guidance_scale", "4"])
+    table = capsys.readouterr().out
+    assert "1536 x 2048    15" in table and "GiB" in table
+    with pytest.raises(ValueError, match="--model, --prompt, --seed, --output"):
+        sample.main(["hiflow"])
