@@ -8,6 +8,7 @@ Shape suffixes: N prompts, R resamples.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -44,6 +45,7 @@ class Estimate:
         return Estimate(self.value - other.value, self.replicates - other.replicates, self.centred or other.centred)
 
 
+@lru_cache(maxsize=8)  # a table asks hundreds of times for the same few
 def resample_weights(count: int, resamples: int, seed: int = 0) -> torch.Tensor:
     """How often each of `count` prompts is drawn, over `count`: float64 (R, N), rows sum to 1."""
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from data.shards import write_whole
 
@@ -31,8 +31,11 @@ def store(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping) -> No
 
 
 def load(path: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
-    """A result, or None where it is not there."""
+    """A result, or None where it is not there, or is no longer what was written."""
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+    except SafetensorError:
+        return None

@@ -3,23 +3,20 @@
 Shape suffixes: N prompts, P ranked prompts, S candidates of each.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 
-from evaluation.bootstrap import mean
 from evaluation.cache import digest, fingerprint, load, store
+from evaluation.config import KEPT_IMAGES
 from evaluation.contenders import Contender
 from evaluation.instruments import CAPTION_CHECK, FID, SCORE, Instruments
 from evaluation.metrics import spearman, top1_agreement
 from evaluation.rendering import Cost, Sampler
 from evaluation.solvers import describe
 from evaluation.targets import Samples, Target, to_8_bits
-
-KEPT_IMAGES = 8  # of a cell, for the contact sheet
 
 
 @dataclass
@@ -55,8 +52,10 @@ class Task:
         samples, target: the prompts and their full-step pictures.
         instruments: look at previews and targets.
         frechet: the reward whose features are kept for a Fréchet distance.
-        ranked, ranked_target, candidates: S pictures of each of P prompts, in this order; None where ranks are off.
-        rank_instruments: look at those.
+        ranked, ranked_target: S - 1 more pictures of each of the first P prompts, whose own picture is the first
+            candidate; None where ranks are off.
+        rank_instruments: look at the candidates.
+        candidates: S.
     """
 
     samples: Samples
@@ -67,6 +66,16 @@ class Task:
     ranked_target: Target | None = None
     rank_instruments: Instruments | None = None
     candidates: int = 1
+
+    @property
+    def num_ranked(self) -> int:
+        """P."""
+        return len(self.ranked.prompts) // (self.candidates - 1) if self.ranked else 0
+
+    def of_candidates(self, own_P: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+        """What was seen in the prompts' own pictures and in the others, (P, S)."""
+        own_P = own_P[: self.num_ranked]
+        return torch.cat([own_P[:, None], more.reshape(len(own_P), -1)], dim=1)
 
 
 def measure(
@@ -119,26 +128,28 @@ def measure(
 
 def _measure(task: Task, scheduler, steps: int, guidance: float, sampler: Sampler) -> tuple[dict, dict]:
     cost = Cost()
-    seen, kept = _render_and_look(task.samples, task.instruments, scheduler, steps, guidance, sampler, cost)
+    seen, kept = _render_and_look(task.samples, task, scheduler, steps, guidance, sampler, cost)
     values = task.instruments.compare(seen, task.target.seen)
     if CAPTION_CHECK in seen:
         values[CAPTION_CHECK] = seen[CAPTION_CHECK]
     features = {name: seen[name] for name in (task.frechet, FID) if name in seen}
     tensors = {"images": kept}
     if task.ranked:
-        seen, _ = _render_and_look(task.ranked, task.rank_instruments, scheduler, steps, guidance, sampler, cost)
-        score_PS, full_PS = (s[SCORE].reshape(-1, task.candidates) for s in (seen, task.ranked_target.seen))
+        more, _ = _render_and_look(task.ranked, task, scheduler, steps, guidance, sampler, cost)
+        score_PS = task.of_candidates(seen[SCORE], more[SCORE])
+        full_PS = task.of_candidates(task.target.seen[SCORE], task.ranked_target.seen[SCORE])
         values |= {"rank_spearman": spearman(score_PS, full_PS), "rank_top1": top1_agreement(score_PS, full_PS)}
-        if CAPTION_CHECK in seen:
-            tensors["passes"] = seen[CAPTION_CHECK].reshape(-1, task.candidates)
+        if CAPTION_CHECK in more:
+            tensors["passes"] = task.of_candidates(seen[CAPTION_CHECK], more[CAPTION_CHECK])
     tensors |= {f"values/{name}": value for name, value in values.items()}
     tensors |= {f"features/{name}": value for name, value in features.items()}
     return tensors, cost.summary()
 
 
 def _render_and_look(
-    samples: Samples, instruments: Instruments, scheduler, steps: int, guidance: float, sampler: Sampler, cost: Cost
+    samples: Samples, task: Task, scheduler, steps: int, guidance: float, sampler: Sampler, cost: Cost
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    instruments = task.rank_instruments if samples is task.ranked else task.instruments
     seen, kept, first = [], [], 0
     for images in sampler.render(scheduler, samples.prompts, samples.seeds, steps, guidance, cost):
         seen.append(instruments.look(images, samples.prompts[first : first + len(images)], len(images)))
@@ -153,10 +164,3 @@ def _network_digest(contender: Contender, sampler: Sampler) -> str | None:
         return None
     pipe = sampler.pipe
     return fingerprint(pipe.transformer if pipe.components.get("unet") is None else pipe.unet)
-
-
-def best_grids(cells: Sequence[Cell], metric: str, resamples: int) -> list[str]:
-    """The grids that a few prompts do not rule out: all but those that lose to the best with their whole interval."""
-    estimates = {cell.grid: mean(cell.values[metric], resamples) for cell in cells}
-    best = max(estimates.values(), key=lambda estimate: estimate.value)
-    return [grid for grid, estimate in estimates.items() if (estimate - best).ci95[1] >= 0]

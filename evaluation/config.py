@@ -1,11 +1,64 @@
 """The config of `evaluate.py`, on one screen."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from data.build_config import PUBLISHED_SCHEDULER, PUBLISHED_SCHEDULER_KWARGS
 
 DTYPES = ("float32", "bfloat16", "float16")
+KEPT_IMAGES = 8  # of a cell, for the contact sheet
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Cells that are measured on the same prompts: the first ones of the config.
+
+    Attributes:
+        guidance_scale: of the full-step pictures and of all rows that have none of their own.
+        steps: numbers of steps.
+        num_prompts: how many.
+        ranked: prompts of which several candidates are ranked, and tried in the workflow; the first of `num_prompts`.
+        finalists: how many classical solvers are measured, for each number of steps: the best on the grid prompts.
+            All of them where it is None.
+        only: names of the rows that are measured; all where it is None.
+
+    Raises:
+        ValueError: unknown or missing keys, or numbers out of range.
+    """
+
+    guidance_scale: float
+    steps: tuple[int, ...]
+    num_prompts: int
+    ranked: int = 0
+    finalists: int | None = None
+    only: tuple[str, ...] | None = None
+
+    @classmethod
+    def read(cls, given: Mapping | str) -> "Columns":
+        """From a mapping of the YAML file, or JSON of the command line."""
+        given = json.loads(given) if isinstance(given, str) else dict(given)
+        names = [knob.name for knob in fields(cls)]
+        missing = {"guidance_scale", "steps", "num_prompts"} - given.keys()
+        if missing or given.keys() - set(names):
+            raise ValueError(
+                f"columns {given}: expected the keys guidance_scale, steps, num_prompts and any of {names[3:]}."
+            )
+        listed = {name: tuple(given[name]) for name in ("steps", "only") if given.get(name) is not None}
+        return cls(**{**given, **listed, "guidance_scale": float(given["guidance_scale"])})
+
+    def __post_init__(self):
+        if not self.steps or not all(isinstance(count, int) and count >= 1 for count in self.steps):
+            raise ValueError(f"columns: steps={list(self.steps)}: expected whole numbers of at least 1.")
+        if self.num_prompts < 2:
+            raise ValueError(
+                f"columns: num_prompts={self.num_prompts}: expected at least 2, an interval needs as many."
+            )
+        if not 0 <= self.ranked <= self.num_prompts:
+            raise ValueError(f"columns: ranked={self.ranked}: expected 0 to num_prompts={self.num_prompts}.")
+        if self.finalists is not None and self.finalists < 1:
+            raise ValueError(f"columns: finalists={self.finalists}: expected at least 1, or none for all.")
 
 
 @dataclass
@@ -28,9 +81,12 @@ class EvaluationConfig:
             "none; scheduler (diffusers class), scheduler_kwargs, steps, guidance_scale"
         },
     )
-    # Columns
-    steps: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 8, 10], metadata={"help": "numbers of steps"})
-    guidance_scale: list[float] = field(default_factory=lambda: [3.0], metadata={"help": "guidance scales"})
+    columns: list[str] = field(
+        default_factory=lambda: ['{"guidance_scale": 3.0, "steps": [4, 5, 6, 8], "num_prompts": 500}'],
+        metadata={
+            "help": "cells, mappings in YAML or JSON: guidance_scale, steps, num_prompts; ranked, finalists, only"
+        },
+    )
     # Prompts
     prompts: str = field(
         default="scenes:test",
@@ -38,7 +94,6 @@ class EvaluationConfig:
     )
     prompt_column: str = field(default="text", metadata={"help": "column of the prompts in a table or dataset"})
     prompt_split: str = field(default="test", metadata={"help": "split of a dataset"})
-    num_prompts: list[int] = field(default_factory=lambda: [500], metadata={"help": "one, or one a guidance scale"})
     first_seed: int = field(default=1_000_000, metadata={"help": "seed of the first prompt"})
     # Full-step pictures
     scheduler: str = field(default=PUBLISHED_SCHEDULER, metadata={"help": "diffusers class of their solver"})
@@ -62,10 +117,11 @@ class EvaluationConfig:
         default=None, metadata={"help": "segmentation network that checks captions of the miniature world"}
     )
     scorer: str | None = field(default=None, metadata={"help": "CLIP model that ranks candidates by their prompt"})
-    rank_prompts: list[int] = field(default_factory=lambda: [0], metadata={"help": "one, or one a guidance scale"})
-    rank_candidates: int = field(default=8, metadata={"help": "seeds of each of these prompts"})
+    rank_candidates: int = field(default=8, metadata={"help": "seeds of each ranked prompt"})
     # Work
-    grid_prompts: int = field(default=32, metadata={"help": "prompts on which all grids of a solver are tried"})
+    grid_prompts: int = field(
+        default=16, metadata={"help": "prompts behind those of the table, on which each solver's grid is chosen"}
+    )
     batch_size: int = field(default=25, metadata={"help": "images rendered together"})
     device: str | None = field(default=None, metadata={"help": "the GPU if there is one, by default"})
     dtype: str = field(default="float32", metadata={"help": f"of the weights: {', '.join(DTYPES)}; the VAE: float32"})
@@ -88,24 +144,32 @@ class EvaluationConfig:
             self.scheduler_kwargs = PUBLISHED_SCHEDULER_KWARGS if self.scheduler == PUBLISHED_SCHEDULER else {}
         models = self.reward_models or [None] * len(self.rewards)
         self.reward_models = [None if model == "null" else model for model in models]  # "null": from the command line
-        self.num_prompts, self.rank_prompts = self._per_guidance("num_prompts"), self._per_guidance("rank_prompts")
+        self.columns = [given if isinstance(given, Columns) else Columns.read(given) for given in self.columns]
         self._check()
 
-    def _per_guidance(self, name: str) -> list[int]:
-        values = [values] if isinstance(values := getattr(self, name), int) else list(values)
-        values = values * len(self.guidance_scale) if len(values) == 1 else values
-        if len(values) != len(self.guidance_scale):
-            raise ValueError(f"{name}={values}: expected one number, or one for each of {self.guidance_scale}.")
-        return values
+    @property
+    def num_prompts(self) -> int:
+        """The most prompts of any columns."""
+        return max(columns.num_prompts for columns in self.columns)
+
+    @property
+    def guidance_scales(self) -> list[float]:
+        """Those of the columns, each once."""
+        return list(dict.fromkeys(columns.guidance_scale for columns in self.columns))
 
     def _check(self) -> None:
         for name in ("num_inference_steps", "batch_size", "resamples", "rank_candidates", "sheet_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
-        if not self.steps or min(self.steps) < 1:
-            raise ValueError(f"steps={self.steps}: expected whole numbers of at least 1.")
-        if not self.guidance_scale or min(self.num_prompts) < 2:
-            raise ValueError(f"num_prompts={self.num_prompts}: expected at least 2, an interval needs as many.")
+        if self.grid_prompts < 2:
+            raise ValueError(f"grid_prompts={self.grid_prompts}: expected at least 2.")
+        if self.sheet_rows > KEPT_IMAGES:
+            raise ValueError(f"sheet_rows={self.sheet_rows}: of every cell {KEPT_IMAGES} pictures are kept.")
+        if not self.columns:
+            raise ValueError("columns is empty: there is nothing to measure.")
+        cells = [(columns.guidance_scale, count) for columns in self.columns for count in columns.steps]
+        if repeated := {cell for cell in cells if cells.count(cell) > 1}:
+            raise ValueError(f"columns: (guidance_scale, steps) {sorted(repeated)} occur twice.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}.")
         if len(self.reward_models) != len(self.rewards):
@@ -115,5 +179,9 @@ class EvaluationConfig:
         for name, rewards in wanted.items():
             if unknown := set(rewards).difference(self.rewards):
                 raise ValueError(f"{name}={', '.join(unknown)}: expected some of the rewards {self.rewards}.")
-        if any(self.rank_prompts) and not self.scorer:
-            raise ValueError(f"rank_prompts={self.rank_prompts} needs a scorer, the CLIP model that ranks candidates.")
+        if any(columns.ranked for columns in self.columns) and not self.scorer:
+            raise ValueError("columns: ranked needs a scorer, the CLIP model that ranks candidates.")
+        if self.trainer_state and not Path(self.trainer_state).is_file():
+            raise ValueError(f"trainer_state={self.trainer_state!r}: there is no such file.")
+        if self.reference and not self.reference.startswith("scenes:") and not Path(self.reference).is_dir():
+            raise ValueError(f"reference={self.reference!r}: expected scenes:SPLIT or a folder of images.")

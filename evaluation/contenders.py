@@ -7,7 +7,8 @@
     - {name: weights only, solver: runs/weights_only}
     - {name: pndm, scheduler: PNDMScheduler, scheduler_kwargs: {skip_prk_steps: true}}
 
-A distilled row is compared with the full-step pictures of every guidance scale of the table, and runs at its own.
+A distilled row is compared with the full-step pictures of every guidance scale of the table, and runs at its own. A
+row with its own `steps` is measured once a guidance scale, on the prompts of its first columns.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ class Contender:
         network: `{"lora": id}`, `{"unet": id}` or `{"pipeline": id}` of a distilled model; empty for the model itself.
         steps: its own numbers of steps; the table's where it is None.
         guidance_scale: its own; the table's where it is None.
-        is_classical: not trained on anything.
+        is_classical: a solver that was not trained on anything, and competes in the choice of grid and finalists.
     """
 
     name: str
@@ -61,11 +62,15 @@ def contenders(config: EvaluationConfig, pipe: DiffusionPipeline) -> list[Conten
         if name == "base" and not config.learned:
             raise ValueError("solver 'base' is the learned one without its training: it needs `learned`.")
         grids = learned(config.learned, own, untrained=True) if name == "base" else classical(name, own)
-        rows.append(Contender(name, grids, is_classical=True))
+        rows.append(Contender(name, grids, is_classical=name != "base"))
     rows += [extra(row, pipe) for row in config.extra]
     names = [row.name for row in rows]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"rows named {', '.join(sorted(repeated))} occur twice; every name must be its own.")
+    if "full" in names:
+        raise ValueError("a row named 'full': that is the name of the full-step pictures.")
+    if unknown := {name for columns in config.columns for name in columns.only or ()} - set(names):
+        raise ValueError(f"columns: only={', '.join(sorted(unknown))}: expected some of the rows {', '.join(names)}.")
     return rows
 
 

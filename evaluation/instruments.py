@@ -50,12 +50,15 @@ class Instruments:
 
     def _look(self, images_BCHW: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
         seen = {name: reward.features(images_BCHW).cpu() for name, reward in self.rewards.items()}
+
+        def features(reward: Reward) -> torch.Tensor:
+            known = reward is self.rewards.get(reward.name)
+            return seen[reward.name] if known else reward.features(images_BCHW)
+
         if self.checker:
-            shared = self.checker is self.rewards.get("segmentation")
-            labels_BHW = seen["segmentation"] if shared else self.checker.features(images_BCHW)
-            seen[CAPTION_CHECK] = caption_check(labels_BHW, prompts)
+            seen[CAPTION_CHECK] = caption_check(features(self.checker), prompts)
         if self.scorer:
-            seen[SCORE] = self.scorer(images_BCHW, prompts)
+            seen[SCORE] = self.scorer(features(self.scorer.reward), prompts)
         if self.inception:
             seen[FID] = self.inception(images_BCHW)
         return seen

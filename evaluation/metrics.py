@@ -75,17 +75,18 @@ class ClipScorer:
     Args:
         model: hub id or local folder with tokenizer and image processor.
         device: where it runs.
+        reward: the same model as a reward, if it is loaded already.
 
     Raises:
         OSError: there is no such model.
     """
 
-    def __init__(self, model: str, device: str | torch.device = "cpu"):
+    def __init__(self, model: str, device: str | torch.device = "cpu", reward=None):
         from transformers import AutoTokenizer
 
         from rewards import load_reward
 
-        self.reward = load_reward("clip", model=model, device=device)  # the image side, and all checks
+        self.reward = reward or load_reward("clip", model=model, device=device)  # the image side, and all checks
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.prompts: dict[str, torch.Tensor] = {}  # embedded once
 
@@ -99,10 +100,10 @@ class ClipScorer:
             self.prompts[prompt] = network.get_text_features(**inputs).pooler_output[0].float()
         return self.prompts[prompt]
 
-    def __call__(self, images_BCHW: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """float32 (B,) on the CPU."""
-        text_BD = torch.stack([self._embed(prompt) for prompt in prompts])
-        return torch.cosine_similarity(self.reward.features(images_BCHW).float(), text_BD, dim=-1).cpu()
+    def __call__(self, features_BD: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """float32 (B,) on the CPU, from the reward's features of the pictures."""
+        text_BD = torch.stack([self._embed(prompt) for prompt in prompts]).to(features_BD.device)
+        return torch.cosine_similarity(features_BD.float(), text_BD, dim=-1).cpu()
 
 
 class InceptionFeatures:

@@ -6,8 +6,9 @@ it was trained on), `across_steps` (the learned solver at K steps against the be
 
     rows    {"solver", "steps", "guidance_scale", "nfe", "prompts", "metrics": {name: {"mean", "ci95"}},
              "seconds_per_image", "solver_share", "grid", "grids", "own_guidance_scale"}
-            `grids` has the main metric of every grid tried; one ruled out early was tried on the first prompts only
+            `grids` has the main metric of every grid on the prompts on which it was chosen; these are not the table's
     paired  {"a", "b", "steps", "guidance_scale", "metric", "difference", "ci95"}, the difference being a - b
+    left_out  {"solver", "steps", "guidance_scale", "reason"}
 """
 
 import platform
@@ -42,10 +43,19 @@ FULL = "full"
 
 @dataclass
 class Measured:
-    """All cells of a guidance scale, and what they were measured on."""
+    """All cells of some columns.
+
+    Attributes:
+        task: what they were measured on.
+        cells: of the table.
+        grids: (solver, steps) -> grid -> main metric on the prompts on which grids are chosen.
+        left_out: solvers that have no cell, `{"solver", "steps", "reason"}`.
+    """
 
     task: Task
     cells: list[Cell]
+    grids: dict[tuple[str, int], dict[str, float]] = field(default_factory=dict)
+    left_out: list[dict] = field(default_factory=list)
 
 
 @dataclass
@@ -56,7 +66,7 @@ class Results:
         config: of the evaluation.
         latent_shape: of a picture.
         reference: features of reference pictures by name; None where they are the full-step pictures.
-        measured: one entry a guidance scale.
+        measured: one entry for each columns of the config.
     """
 
     config: EvaluationConfig
@@ -76,25 +86,36 @@ def write_report(results: Results, folder: Path) -> dict:
 def make_metrics(results: Results) -> dict:
     """The content of metrics.json."""
     config = results.config
-    rows, paired, across, workflow = [], [], [], []
-    for measured in results.measured:
-        estimates = [estimate(cell, measured.task, results) for cell in measured.cells]
-        rows.append(full_row(measured.task, results))
-        rows += [make_row(cell, measured.task, e) for cell, e in zip(measured.cells, estimates, strict=True)]
-        both = list(zip(measured.cells, estimates, strict=True))
+    rows, paired, across, workflow, left_out = [], [], [], [], []
+    classical = set(config.solvers) - {"base"}
+    for guidance in config.guidance_scales:
+        here = [measured for measured in results.measured if measured.task.samples.guidance_scale == guidance]
+        most = max(here, key=lambda measured: len(measured.task.samples.prompts))
+        rows.append(full_row(most.task, results))
+        both = [(cell, estimate(cell, m.task, results)) for m in here for cell in m.cells]
+        tasks = [m for m in here for _ in m.cells]
+        rows += [make_row(cell, e, m) for (cell, e), m in zip(both, tasks, strict=True)]
         paired += paired_differences(both)
-        across += differences_across_steps(both, set(config.solvers))
-        workflow += [entry for cell in measured.cells if (entry := simulate_cell(cell, measured.task, results))]
+        across += differences_across_steps(both, classical, config.resamples)
+        workflow += [
+            w for (cell, _), m in zip(both, tasks, strict=True) if (w := simulate_cell(cell, m.task, results))
+        ]
+        left_out += [{**entry, "guidance_scale": guidance} for m in here for entry in m.left_out]
     found = {name for row in rows for name in row["metrics"]}
     order = [*config.rewards, f"frechet_{config.frechet}", FID, CAPTION_CHECK, "rank_spearman", "rank_top1"]
     names = [name for name in order if name in found]
     return {
         "model": config.model,
-        "dataset": {"prompts": config.prompts, "first_seed": config.first_seed},
+        "dataset": {
+            "prompts": config.prompts,
+            "first_seed": config.first_seed,
+            "grid_prompts": config.grid_prompts,
+        },
         "rows": rows,
         "paired": paired,
         "across_steps": across,
         "workflow": workflow,
+        "left_out": left_out,
         "metrics": {name: describe_metric(name, config) for name in names},
         "main_metric": config.main_metric,
         "full_steps": {"scheduler": config.scheduler, "steps": config.num_inference_steps, **config.scheduler_kwargs},
@@ -123,18 +144,18 @@ def estimate(cell: Cell, task: Task, results: Results) -> dict[str, Estimate]:
     return estimates
 
 
-def make_row(cell: Cell, task: Task, estimates: Mapping[str, Estimate]) -> dict:
+def make_row(cell: Cell, estimates: Mapping[str, Estimate], measured: Measured) -> dict:
     return {
         "solver": cell.solver,
         "steps": cell.steps,
         "guidance_scale": cell.guidance_scale,
         "nfe": cell.facts["nfe"],
-        "prompts": len(task.samples.prompts),
+        "prompts": len(measured.task.samples.prompts),
         "metrics": {name: {"mean": e.value, "ci95": e.ci95} for name, e in estimates.items()},
         "seconds_per_image": cell.facts["seconds_per_image"],
         "solver_share": cell.facts["solver_share"],
         "grid": cell.grid,
-        "grids": cell.facts["grids"],
+        "grids": measured.grids.get((cell.solver, cell.steps), {}),
         "own_guidance_scale": cell.facts["own_guidance_scale"],
     }
 
@@ -148,11 +169,11 @@ def full_row(task: Task, results: Results) -> dict:
             if name in seen and name in results.reference:
                 key = FID if name == FID else f"frechet_{name}"
                 estimates[key] = frechet(seen[name], results.reference[name], paired=False)
-    facts = {**task.target.cost, "grids": {}, "own_guidance_scale": task.samples.guidance_scale}
+    facts = {**task.target.cost, "own_guidance_scale": task.samples.guidance_scale}
     grid = config.scheduler_kwargs.get("timestep_spacing", "own")
     steps, guidance = config.num_inference_steps, task.samples.guidance_scale
     cell = Cell(FULL, grid, steps, guidance, facts, {}, {}, None, task.target.images[:0])
-    return make_row(cell, task, estimates)
+    return make_row(cell, estimates, Measured(task, []))
 
 
 Both = Sequence[tuple[Cell, Mapping[str, Estimate]]]
@@ -169,20 +190,27 @@ def paired_differences(cells: Both, a: str = "learned") -> list[dict]:
     ]
 
 
-def differences_across_steps(cells: Both, classical: set[str], a: str = "learned") -> list[dict]:
-    """The learned solver at K steps minus the best classical one at the next greater K of the table."""
-    counts = sorted({cell.steps for cell, _ in cells})
+def differences_across_steps(cells: Both, classical: set[str], resamples: int, a: str = "learned") -> list[dict]:
+    """The learned solver at K steps minus the best classical one at the next greater K that has any.
+
+    Where the two have different numbers of prompts, which begin alike, on those of both. One value a prompt is needed
+    for that; Fréchet distances are left out.
+    """
+    counts = sorted({cell.steps for cell, _ in cells if cell.solver in classical})
     entries = []
-    for cell, estimates in cells:
+    for cell, _ in cells:
         more = next((steps for steps in counts if steps > cell.steps), None)
-        others = [pair for pair in cells if pair[0].steps == more and pair[0].solver in classical]
-        if cell.solver != a or not others:
+        if cell.solver != a or more is None:
             continue
-        for name, value in estimates.items():
-            sign = -1 if name.startswith(LOWER_IS_BETTER) else 1
-            best, its = max(others, key=lambda pair: sign * pair[1][name].value)
-            steps = {"steps": cell.steps, "steps_b": more}
-            entries.append(_difference(a, best.solver, cell, name, value - its[name], steps))
+        others = [(other, e) for other, e in cells if other.steps == more and other.solver in classical]
+        for name, values in cell.values.items():
+            candidates = [(e[name].value, other) for other, e in others if name in other.values]
+            if candidates:
+                best = max(candidates, key=lambda pair: pair[0])[1]
+                both = min(len(values), len(best.values[name]))
+                difference = mean(values[:both].double() - best.values[name][:both].double(), resamples)
+                steps = {"steps": cell.steps, "steps_b": more}
+                entries.append(_difference(a, best.solver, cell, name, difference, steps))
     return entries
 
 
@@ -202,7 +230,7 @@ def simulate_cell(cell: Cell, task: Task, results: Results) -> dict | None:
     """The preview-and-refine workflow with a cell's previews; None where there are no candidates."""
     if cell.passes is None:
         return None
-    full = task.ranked_target.seen[CAPTION_CHECK].bool().reshape(cell.passes.shape)
+    full = task.of_candidates(task.target.seen[CAPTION_CHECK], task.ranked_target.seen[CAPTION_CHECK]).bool()
     which = {"solver": cell.solver, "steps": cell.steps, "guidance_scale": cell.guidance_scale}
     units = {"nfe": "nfe", "seconds": "seconds_per_image"}
     runs = {
@@ -238,8 +266,7 @@ def coefficients(config: EvaluationConfig) -> list[dict]:
             "learned": {k: v.tolist() for k, v in solver.coefficients(steps, guidance)._asdict().items()},
             "base": {k: v.tolist() for k, v in base.coefficients(steps, guidance)._asdict().items()},
         }
-        for guidance in config.guidance_scale
-        for steps in config.steps
+        for guidance, steps in dict.fromkeys((c.guidance_scale, k) for c in config.columns for k in c.steps)
     ]
 
 

@@ -4,31 +4,37 @@ from collections.abc import Sequence
 
 
 def table(metrics: dict) -> str:
-    """The evaluation as Markdown: one table a guidance scale and number of steps, the best of each column in bold."""
+    """The evaluation as Markdown: a table a guidance scale, the best of each number of steps in bold."""
     known = metrics["metrics"]
     heads = [_head(name, about) for name, about in known.items()]
     lines = [f"# {metrics['model']}", "", _preamble(metrics), ""]
     for guidance in dict.fromkeys(row["guidance_scale"] for row in metrics["rows"]):
         rows = [row for row in metrics["rows"] if row["guidance_scale"] == guidance]
-        lines += [f"## Guidance {guidance:g}, {rows[0]['prompts']} prompts", ""]
-        lines += ["| steps | solver | grid | NFE | s / image | " + " | ".join(heads) + " |"]
-        lines += ["|---|---|---|---|---|" + "---|" * len(heads)]
+        lines += [f"## Guidance {guidance:g}", ""]
+        lines += ["| steps | solver | grid | NFE | prompts | s / image | " + " | ".join(heads) + " |"]
+        lines += ["|---" * (len(heads) + 6) + "|"]
         for steps in sorted({row["steps"] for row in rows}):
             group = [row for row in rows if row["steps"] == steps]
             lines += [_line(row, group, known) for row in group]
-        lines += [""]
-    lines += _paired_lines(metrics) + _workflow_lines(metrics)
+        lines += ["", *_left_out_lines(metrics, guidance)]
+    lines += _paired_lines(metrics) + _across_lines(metrics) + _workflow_lines(metrics)
     return "\n".join(lines)
 
 
 def _preamble(metrics: dict) -> str:
     full = metrics["full_steps"]
     dtype = metrics["dtype"] + (", denoiser in bfloat16" if metrics["autocast"] else "")
+    chosen = (
+        f"Each classical solver is on its best grid for the number of steps and the guidance, chosen by "
+        f"{metrics['main_metric']} on {metrics['dataset']['grid_prompts']} other prompts. "
+    )
+    grids = chosen if any(row["grids"] for row in metrics["rows"]) else ""
     return (
         f"Prompts from `{metrics['dataset']['prompts']}`; same noise for every solver. Consistency to the picture of "
-        f"{full['steps']} steps of {full['scheduler']}. Each classical solver is on its best grid, chosen by "
-        f"{metrics['main_metric']}. ± is half the 95 % bootstrap interval; best of a step count in bold; "
-        "† was the reward in training, ↓ is better low. NFE counts calls of the denoiser, guidance included.\n\n"
+        f"{full['steps']} steps of {full['scheduler']}. {grids}"
+        "± is half the 95 % bootstrap interval; best of a step count in bold; † was the reward in training, ↓ is "
+        "better low. NFE counts calls of the denoiser, guidance included; it and the seconds are those of a solver "
+        "alone, though evaluations that several solvers share were made once.\n\n"
         f"{metrics['hardware']}, {dtype}, batches of {metrics['batch_size']}, torch {metrics['versions']['torch']}, "
         f"diffusers {metrics['versions']['diffusers']}."
     )
@@ -51,8 +57,37 @@ def _line(row: dict, group: Sequence[dict], known: dict) -> str:
         text = f"{value:.{digits}f}"
         text = f"**{text}**" if value == best and len(set(values)) > 1 else text
         cells.append(f"{text} ± {(high - low) / 2:.{digits}f}")
-    facts = [row["steps"], row["solver"], row["grid"], row["nfe"], f"{row['seconds_per_image']:.3f}"]
+    facts = [row[key] for key in ("steps", "solver", "grid", "nfe", "prompts")]
+    facts.append(f"{row['seconds_per_image']:.3f}")
     return "| " + " | ".join([*map(str, facts), *cells]) + " |"
+
+
+def _left_out_lines(metrics: dict, guidance: float) -> list[str]:
+    """Which solvers have no row, and why."""
+    steps: dict[tuple[str, str], list[int]] = {}
+    for entry in metrics["left_out"]:
+        if entry["guidance_scale"] == guidance:
+            steps.setdefault((entry["reason"], entry["solver"]), []).append(entry["steps"])
+    if not steps:
+        return []
+    texts = [f"{solver} at {', '.join(map(str, counts))} ({reason})" for (reason, solver), counts in steps.items()]
+    return [f"Without a row: {'; '.join(texts)}.", ""]
+
+
+def _across_lines(metrics: dict) -> list[str]:
+    """The learned solver with fewer steps against the best classical one with more."""
+    if not metrics["across_steps"]:
+        return []
+    names = list(dict.fromkeys(entry["metric"] for entry in metrics["across_steps"]))
+    lines = ["## learned with fewer steps, minus the best classical solver with more", ""]
+    lines += ["| guidance | learned | classical | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
+    cells: dict[tuple, dict[str, dict]] = {}
+    for entry in metrics["across_steps"]:
+        cells.setdefault((entry["guidance_scale"], entry["steps"], entry["steps_b"]), {})[entry["metric"]] = entry
+    for (guidance, steps, more), found in cells.items():
+        texts = [f"{_signed(found[name])} {found[name]['b']}" if name in found else "" for name in names]
+        lines.append(f"| {guidance:g} | {steps} steps | {more} steps | " + " | ".join(texts) + " |")
+    return [*lines, ""]
 
 
 def _paired_lines(metrics: dict) -> list[str]:

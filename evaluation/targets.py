@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
-from tqdm import tqdm
 
 from data.teacher import library_versions, weights_digest
 from evaluation.cache import digest, load, store
@@ -74,31 +73,25 @@ class Targets:
         """The full-step pictures of samples, from the cache as far as they are there."""
         instruments = instruments or self.instruments
         key = digest({**self.identity, "samples": samples})
-        batches = [load(self._part(key, i)) for i in range(self._parts(samples))]
-        if None in batches:
-            self._render(key, samples)
-            batches = [load(self._part(key, i)) for i in range(self._parts(samples))]
+        batches = [load(path) or self._render(batch, path) for batch, path in self._parts(samples)]
         images = torch.cat([tensors["images"] for tensors, _ in batches])
         costs = [facts for _, facts in batches]
         medians = torch.tensor([[c["seconds_per_image"], c["solver_share"]] for c in costs]).median(dim=0).values
         cost = {"nfe": costs[0]["nfe"], "seconds_per_image": float(medians[0]), "solver_share": float(medians[1])}
         return Target(key, images, self._seen(key, images, samples, instruments), cost)
 
-    def _render(self, key: str, samples: Samples) -> None:
-        """Renders the batches that are missing; each is on disk before the next begins."""
-        missing = [i for i in range(self._parts(samples)) if not self._part(key, i).is_file()]
-        for i in tqdm(missing, desc=f"full-step pictures, guidance {samples.guidance_scale:g}", leave=False):
-            batch = slice(i * self.sampler.batch_size, (i + 1) * self.sampler.batch_size)
-            cost = Cost()
-            (images,) = self.sampler.render(
-                self.scheduler,
-                samples.prompts[batch],
-                samples.seeds[batch],
-                self.steps,
-                samples.guidance_scale,
-                cost,
-            )
-            store(self._part(key, i), {"images": to_8_bits(images)}, cost.summary())
+    def missing(self, samples: Samples) -> int:
+        """How many of these pictures are not in the cache."""
+        return sum(len(batch.prompts) for batch, path in self._parts(samples) if not path.is_file())
+
+    def _render(self, batch: Samples, path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+        """Renders a batch; it is on disk before the next begins."""
+        cost = Cost()
+        (images,) = self.sampler.render(
+            self.scheduler, batch.prompts, batch.seeds, self.steps, batch.guidance_scale, cost
+        )
+        store(path, {"images": to_8_bits(images)}, cost.summary())
+        return load(path)
 
     def _seen(
         self, key: str, images: torch.Tensor, samples: Samples, instruments: Instruments
@@ -110,11 +103,13 @@ class Targets:
         store(path, seen, {})
         return seen
 
-    def _parts(self, samples: Samples) -> int:
-        return -(-len(samples.prompts) // self.sampler.batch_size)
-
-    def _part(self, key: str, index: int) -> Path:
-        return self.folder / key / f"{index:05d}.safetensors"
+    def _parts(self, samples: Samples) -> list[tuple[Samples, Path]]:
+        """The batches, each with its file: samples that begin with the same batches share them."""
+        size = self.sampler.batch_size
+        slices = [slice(first, first + size) for first in range(0, len(samples.prompts), size)]
+        batches = [Samples(samples.prompts[s], samples.seeds[s], samples.guidance_scale) for s in slices]
+        known = {**self.identity, "kind": "batch"}
+        return [(b, self.folder / f"{digest({**known, 'samples': b})}.safetensors") for b in batches]
 
 
 def to_8_bits(images_NCHW: torch.Tensor) -> torch.Tensor:

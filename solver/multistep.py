@@ -122,6 +122,69 @@ def unipc2(grid: Grid, order: int) -> Tensor:
     return predictor + F.pad(correction, (0, 0, 1, 0))
 
 
+def unipcpp2(grid: Grid, order: int) -> Tensor:
+    """UniPC-2 (B_2(h) = e^h - 1) in x_0 form, predictor and corrector together: diffusers' default. Shape `(K, K)`.
+
+    In every family x_0 = y - s f, and a step keeps the share s_{i+1}/s_i of y and takes the rest from x_0. The
+    predictor extrapolates x_0; the corrector repeats the step with the x_0 found at its end, before the next one. The
+    last step is first order, as in diffusers.
+
+    Source: arXiv 2302.04867, `UniPCMultistepScheduler`.
+    """
+    if order == 1:
+        return ddim(grid, order)
+    steps = len(grid.s) - 1
+    gaps, finite = log_snr_gaps(grid)
+    share = grid.s[1:] / grid.s[:-1]
+    inverse_r = -F.pad(torch.where(finite[1:] & finite[:-1], gaps[1:] / gaps[:-1], 0.0), (1, 0))
+    b1 = (torch.expm1(-gaps) / -gaps - 1) / torch.expm1(-gaps)
+    b2 = 2 * ((torch.expm1(-gaps) / -gaps - 1) / -gaps - 0.5) / torch.expm1(-gaps)
+    unit_EE = torch.eye(steps, dtype=grid.s.dtype)
+    y, corrected = torch.zeros_like(unit_EE[0]), torch.zeros_like(unit_EE[0])  # less the initial noise
+    rows, found = [], []  # x_0 at every evaluation
+    for i in range(steps):
+        found.append(y - grid.s[i] * unit_EE[i])
+        if i:
+            corrected = share[i - 1] * corrected + (1 - share[i - 1]) * found[-2]
+            if i == 1:
+                change = 0.5 * (found[-1] - found[-2])
+            else:
+                # ρ_new + ρ_old = b1, ρ_new + r ρ_old = b2
+                of_old = (b1[i - 1] - b2[i - 1]) * inverse_r[i - 1] / (inverse_r[i - 1] - 1)
+                slope = (found[-3] - found[-2]) * inverse_r[i - 1]
+                change = of_old * slope + (b1[i - 1] - of_old) * (found[-1] - found[-2])
+            corrected = corrected + (1 - share[i - 1]) * change
+        slope = (found[-2] - found[-1]) * inverse_r[i] if 0 < i < steps - 1 else 0.0
+        following = share[i] * corrected + (1 - share[i]) * (found[-1] + 0.5 * slope)
+        rows.append((following - y) / (grid.s[i + 1] - grid.s[i]))
+        y = following
+    return _newest_first(torch.stack(rows))
+
+
+def dpm2s(grid: Grid, order: int) -> Tensor:
+    """Singlestep DPM-Solver-2: pairs of evaluations, the first a DDIM step to the pair's middle point. `(K, order)`.
+
+    With r = (λ_i - λ_{i-1}) / (λ_{i+1} - λ_{i-1}) the pair takes its whole way with f_{i-1} + g (f_i - f_{i-1}), where
+    g = 1/2r in ε form, and (s_i/s_{i-1}) 1/2r in x_0 form, as diffusers has it on flow models. An odd number of steps
+    ends with a DDIM step, and so does a grid that ends at σ = 0.
+
+    Source: arXiv 2206.00927, `DPMSolverSinglestepScheduler`.
+    """
+    weights = ddim(grid, order)
+    if order == 1:
+        return weights
+    s, log_snr = grid.s, -torch.logit(grid.u)
+    for i in range(1, len(s) - 1, 2):
+        if log_snr[i + 1].isinf():
+            continue
+        whole, first, second = s[i + 1] - s[i - 1], s[i] - s[i - 1], s[i + 1] - s[i]
+        # r is 1 in the limit of a start at noise.
+        r = 1.0 if log_snr[i - 1].isinf() else (log_snr[i] - log_snr[i - 1]) / (log_snr[i + 1] - log_snr[i - 1])
+        g = (s[i] / s[i - 1] if _is_flow(grid) else 1.0) / (2 * r)
+        weights[i, :2] = torch.stack([whole * g, whole * (1 - g) - first]) / second
+    return weights
+
+
 def _unic2(grid: Grid) -> Tensor:
     """The corrector UniC of each step, order 1 at the first and 2 after it: weights on (new, current, previous) ε."""
     h, _ = log_snr_gaps(grid)
@@ -169,6 +232,8 @@ RULES: dict[str, Callable[[Grid, int], Tensor]] = {
     "ipndm": ipndm,
     "deis": deis,
     "dpmpp2m": dpmpp2m,
+    "dpm2s": dpm2s,
     "unip2": dpm2m,
     "unipc2": unipc2,
+    "unipcpp2": unipcpp2,
 }

@@ -2,12 +2,22 @@
 
 import pytest
 import torch
+from tiny_pipelines import tiny_pipeline
 from toy_mixture import latent_psnr, toy_dataset, toy_pipeline
 
+from data.noise import initial_noise
 from solver import ConsistencySolverScheduler
-from solver.distillation import WeightFit, dense_table, fit_actions, fit_policy, teacher_trajectories
+from solver.distillation import (
+    DistillationConfig,
+    WeightFit,
+    dense_table,
+    fit_actions,
+    fit_policy,
+    teacher_trajectories,
+)
 from solver.rollout import Renderer
-from solver.scheduling_consistency_solver import Grid, adams_bashforth, ddim, history_lengths
+from solver.samplers.latents import pack
+from solver.scheduling_consistency_solver import Grid, adams_bashforth, ddim, dpm2m, history_lengths
 
 STEPS, ORDER = 6, 4
 
@@ -103,3 +113,64 @@ def test_distilled_weights_beat_the_base_rule_and_the_policy_meets_them(toy):
         torch.testing.assert_close(learned.weights.sum(dim=1), torch.ones(steps), rtol=0, atol=1e-5)
         scores = [latent_psnr(renderer.render(prompts, seeds, 1.0, t).latents_BCHW, targets) for t in (base, learned)]
         assert (scores[1] - scores[0]).mean() > 0.3, steps
+
+
+# Flow models
+
+
+@pytest.fixture(scope="module")
+def flow():
+    """A tiny FLUX, its velocities enlarged so that the trajectories bend."""
+    pipe, call = tiny_pipeline("flux")
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight, 0, 0.3, generator=torch.Generator().manual_seed(0))
+    embeddings = {"prompt_embeds": call["prompt_embeds"], "pooled_prompt_embeds": call["pooled_prompt_embeds"]}
+    scheduler = ConsistencySolverScheduler.from_scheduler(pipe.scheduler, order=3, learn_grid=False)
+    renderer = Renderer(pipe, scheduler, 32, 32, encode=lambda prompt: embeddings)
+    rows = [{"prompt": "a", "seed": seed, "guidance_scale": 2.5} for seed in range(24)]
+    return renderer, rows
+
+
+def test_flow_trajectory_begins_at_the_noise_and_follows_the_velocity(flow):
+    renderer, rows = flow
+    grid = renderer.grid(4)
+    assert {"sigmas", "mu"} <= grid.keys()
+    points = renderer.scheduler.base_grid(4, **grid)[1]
+    states, velocities = teacher_trajectories(renderer, rows[:3], 2.5, points, 16)
+    noise = initial_noise([0, 1, 2], renderer.latent_shape)
+    torch.testing.assert_close(states[0], pack(renderer.pipe, noise))
+    # Without substeps the teacher is the second-order rule itself, whose step is known.
+    states, velocities = teacher_trajectories(renderer, rows[:3], 2.5, points, 1)
+    slopes = states.diff(dim=0) / points.s.diff().float().reshape(-1, 1, 1, 1)
+    weights = dpm2m(points, 2).float()
+    for i in range(4):
+        expected = weights[i, 0] * velocities[i] + weights[i, 1] * velocities[max(i - 1, 0)]
+        torch.testing.assert_close(slopes[i], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_distilled_flow_solver_beats_its_base_rule_on_other_seeds(flow):
+    renderer, rows = flow
+    scheduler = renderer.scheduler
+    cells = fit_actions(renderer, rows[:16], step_counts=[4], num_rows=16, substeps=16)
+    assert fit_policy(scheduler, cells, updates=400, grids={4: renderer.grid(4)}) < 0.1
+    held_out = [row["seed"] for row in rows[16:]]
+    prompts, grid = ["a"] * len(held_out), renderer.grid(4)
+    dense = dense_table(scheduler, scheduler.base_grid(64, **renderer.grid(64))[1], 1)
+    targets = renderer.render(prompts, held_out, 2.5, dense).latents_BCHW
+    base = scheduler.table_from_actions(torch.zeros(4, scheduler.num_actions), 4, **grid)
+    learned = scheduler.coefficients(4, 2.5, **grid)
+    scores = [latent_psnr(renderer.render(prompts, held_out, 2.5, t).latents_BCHW, targets) for t in (base, learned)]
+    assert (scores[1] - scores[0]).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"min_inference_steps": 0}, "min_inference_steps=0: expected at least 1"),
+        ({"max_inference_steps": 1}, "max_inference_steps=1 is below min_inference_steps=2"),
+        ({"solver_order": 1}, "solver_order=1: one weight is always 1"),
+        ({"teacher_substeps": 0}, "teacher_substeps=0"),
+    ],
+)
+def test_configs_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationConfig(model="zoo/mini-sd", dataset="datasets/mini_sd", **changes)
