@@ -150,11 +150,11 @@ def check(segmentation: torch.Tensor | np.ndarray, claims: Caption | str) -> dic
     if classes_HW.ndim != 2:
         raise ValueError(f"segmentation has shape {classes_HW.shape}; expected one map (H, W) of class ids.")
     claims = parse(claims) if isinstance(claims, str) else claims
-    seen = [_pieces(classes_HW, phrase.shape, phrase.colour) for phrase in claims.phrases]
+    seen = [centres(classes_HW, phrase.shape, phrase.colour) for phrase in claims.phrases]
     coloured = [bool(pieces) for phrase, pieces in zip(claims.phrases, seen, strict=True) if phrase.colour]
 
     answers = {
-        "object": all(_pieces(classes_HW, phrase.shape, None) for phrase in claims.phrases),
+        "object": all(centres(classes_HW, phrase.shape, None) for phrase in claims.phrases),
         "count": all(len(pieces) == phrase.count for phrase, pieces in zip(claims.phrases, seen, strict=True)),
     }
     if len(coloured) == 1:
@@ -166,13 +166,11 @@ def check(segmentation: torch.Tensor | np.ndarray, claims: Caption | str) -> dic
     return answers
 
 
-def _holds(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
-    towards = RELATIONS[relation]
-    return bool((first[0] - second[0]) * towards[0] + (first[1] - second[1]) * towards[1] > _CHECKED_OFFSET)
+def centres(classes_HW: np.ndarray, shape: str, colour: str | None) -> list[tuple[float, float]]:
+    """Centres (x, y) of the solids of a shape in a segmentation map, largest first.
 
-
-def _pieces(classes_HW: np.ndarray, shape: str, colour: str | None) -> list[tuple[float, float]]:
-    """Centres (x, y) of the solids of a shape, largest first; pieces too small to be a solid do not count."""
+    In units of the shorter side. Pieces too small to be a solid do not count; `colour` None takes any.
+    """
     found = []
     for name in COLOURS if colour is None else (colour,):
         mask = classes_HW == class_id(shape, name)
@@ -185,6 +183,11 @@ def _pieces(classes_HW: np.ndarray, shape: str, colour: str | None) -> list[tupl
             y, x = ndimage.center_of_mass(labels == index + 1)
             found.append((areas[index], x / min(mask.shape), y / min(mask.shape)))
     return [(x, y) for _, x, y in sorted(found, reverse=True)]
+
+
+def _holds(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
+    towards = RELATIONS[relation]
+    return bool((first[0] - second[0]) * towards[0] + (first[1] - second[1]) * towards[1] > _CHECKED_OFFSET)
 
 
 def _relation(groups: list[list[Solid]], rng: random.Random) -> str | None:

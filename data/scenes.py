@@ -11,6 +11,7 @@
 """
 
 from data.captions import QUESTIONS, Caption, Phrase, caption, check, parse, vocabulary
+from data.edit_check import check_edit
 from data.edits import EDITS, edit, edit_vocabulary, numbered_edit
 from data.rendering import Render, render, render_batch
 from data.world import (
@@ -46,6 +47,7 @@ __all__ = [
     "Solid",
     "caption",
     "check",
+    "check_edit",
     "class_id",
     "edit",
     "edit_vocabulary",

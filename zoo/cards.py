@@ -26,6 +26,18 @@ ABOUT = {
         "StableDiffusionPipeline.from_pretrained('zoo/mini-sd')",
         "zoo/train_mini_sd.py",
     ),
+    "mini-flux": (
+        "FluxPipeline and FluxKontextPipeline in miniature",
+        "text-to-image",
+        "A rectified flow of FLUX's kind: joint and single transformer blocks on packed 2 × 2 latents, rotary "
+        "positions, a pooled CLIP text and a T5 encoder with a tokenizer of its own, dynamic shifting. From one set "
+        "of weights: 128 × 128 px (256 tokens), 64 × 64 px (64 tokens), and edits in Kontext's way, the picture to "
+        "edit as more tokens. Give it the size and `max_sequence_length=32`, its tokenizer's length, since the pipelines' own "
+        "defaults are those of the big model; it is guided by `true_cfg_scale` with an empty negative prompt. Trained "
+        "on the training split only; the six held-out pairs of shape and colour were never shown to it.",
+        "FluxPipeline.from_pretrained('zoo/mini-flux')",
+        "zoo/train_mini_flux.py",
+    ),
     "depth": (
         "Relative inverse depth",
         "depth-estimation",
@@ -60,13 +72,20 @@ ABOUT = {
 }
 
 
+SHEETS = {
+    "samples.png": "The captions, row by row, are in `samples.txt`.",
+    "samples_128.png": "The same captions at 128 × 128 px; the pictures above start from the pooled noise of these.",
+    "edits.png": "Pictures to edit, what they should become, and what they became; `edits.txt` has the instructions.",
+}
+
+
 def write_card(name: str) -> None:
     """README.md of a folder, and loss.png beside it."""
     title, task, text, usage, script = ABOUT[name]
     folder = ZOO / name
     training, metrics = (json.loads((folder / f"{part}.json").read_text()) for part in ("training", "metrics"))
     plot_loss(training["log"], folder / "loss.png")
-    sheet = "\n![samples](samples.png)\n\nThe captions, row by row, are in `samples.txt`.\n"
+    sheets = "".join(f"\n![{file}]({file})\n\n{text}\n" for file, text in SHEETS.items() if (folder / file).exists())
     (folder / "README.md").write_text(
         f"""---
 license: apache-2.0
@@ -102,7 +121,7 @@ Data: the miniature world of `data/scenes.py`, rendered as training goes. One co
 {metrics_table(metrics)}
 
 `python -m zoo.measure {name}` measures this again.
-{sheet if (folder / "samples.png").exists() else ""}"""
+{sheets}"""
     )
 
 

@@ -3,19 +3,20 @@
     python -m zoo.measure                       # all of them, 2 CPU cores: 8 minutes
     python -m zoo.measure clip dino             # some
 
-Everything runs as a user would run it: rewards through `load_reward`, pictures through `StableDiffusionPipeline`.
+Everything runs as a user would run it: rewards through `load_reward`, pictures through the pipelines.
 """
 
 import argparse
 import itertools
 import json
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, FluxKontextPipeline, FluxPipeline, StableDiffusionPipeline
 from torchvision.utils import make_grid, save_image
 from tqdm import trange
 from transformers import CLIPModel, CLIPProcessor
@@ -30,13 +31,19 @@ from data.scenes import (
     Scene,
     caption,
     check,
+    check_edit,
+    numbered_edit,
     render_batch,
 )
 from rewards import load_reward
+from solver.samplers.calls import encode_sources, guidance, text_length
+from solver.samplers.cascade import call_at_size
+from solver.samplers.latents import decode, latent_shape, pack, unpack
 from zoo.training import BF16, Scenes
 
 ZOO = Path(__file__).parent
 TEACHER_STEPS, GUIDANCE = 40, 3.0
+FLUX_STEPS, FLUX_GUIDANCE = 30, 3.0
 
 
 def images(scenes: list[Scene], size: int = 64) -> torch.Tensor:
@@ -202,12 +209,126 @@ def generate(pipeline, prompts: list[str], batch: int = 50) -> Iterator[tuple[in
             )
 
 
+def measure_mini_flux(count: int = 500, unrelated: int = 200) -> dict:
+    """Autoencoder, caption checks at both sizes, edits, and how alike the two sizes of one seed are.
+
+    The small picture of a prompt starts from the pooled noise of its large one: means of 2 x 2 latents, times 2. An
+    unrelated one has another seed. `same_scene` is the share of pixels that two pictures show of one class, over all
+    pixels that show a solid in either.
+    """
+    pipeline = open_flux(FluxPipeline)
+    scenes, claims = held_out(count)
+    prompts = [claim.text for claim in claims]
+    segmentation = load_reward("segmentation", model=str(ZOO / "segmentation"))
+    large_noise = torch.cat([seeded_noise(pipeline, seed, 128) for seed in range(count)])
+    other_noise = torch.cat([seeded_noise(pipeline, seed, 128) for seed in range(count, count + unrelated)])
+    drawn = {
+        "128": draw_flux(pipeline, prompts, large_noise, 128),
+        "64": draw_flux(pipeline, prompts, pooled(large_noise), 64),
+        "other": draw_flux(pipeline, prompts[:unrelated], pooled(other_noise), 64),
+    }
+    labels = {name: in_batches(segmentation.features, shown) for name, shown in drawn.items()}
+    related = same_scene(labels["64"], labels["128"])
+    other = same_scene(labels["other"], labels["128"][:unrelated])
+    folder = ZOO / "mini-flux"
+    for name, file in (("64", "samples.png"), ("128", "samples_128.png")):
+        save_image(make_grid(drawn[name][:48], nrow=12, padding=2), folder / file)
+    (folder / "samples.txt").write_text("\n".join(prompts[:48]) + "\n")
+    return {
+        "captions": count,
+        "steps": FLUX_STEPS,
+        "guidance_scale": FLUX_GUIDANCE,
+        "vae_psnr_64": vae_psnr(pipeline.vae, scenes, 64),
+        "vae_psnr_128": vae_psnr(pipeline.vae, scenes[: count // 2], 128),
+        "check_64": summary([check(*pair) for pair in zip(labels["64"], claims, strict=True)]),
+        "check_128": summary([check(*pair) for pair in zip(labels["128"], claims, strict=True)]),
+        "same_scene": float(related.mean()),
+        "same_scene_unrelated_seed": float(other.mean()),
+        "related_seed_closer": float((related[:unrelated] > other).float().mean()),
+        "edits": measure_edits(segmentation, count),
+    }
+
+
+def measure_edits(segmentation, count: int) -> dict:
+    """Held-out edits at 64 px: shares of those that are done, that leave the rest untouched, and both; by kind too."""
+    pipeline = open_flux(FluxKontextPipeline)
+    instructions, before, after = zip(*(numbered_edit(i, "test") for i in range(count)), strict=True)
+    sources = images(list(before))
+    noise = torch.cat([seeded_noise(pipeline, seed, 64) for seed in range(count)])
+    drawn = draw_flux(pipeline, list(instructions), noise, 64, sources)
+    labels = in_batches(segmentation.features, drawn)
+    answers = [check_edit(*row) for row in zip(drawn, labels, before, after, strict=True)]
+    kinds = defaultdict(list)
+    for instruction, answer in zip(instructions, answers, strict=True):
+        kinds[instruction.split()[0]].append(all(answer.values()))
+    rows = torch.stack([sources[:16], images(list(after[:16])), drawn[:16]]).flatten(0, 1)
+    save_image(make_grid(rows, nrow=16, padding=2), ZOO / "mini-flux" / "edits.png")
+    (ZOO / "mini-flux" / "edits.txt").write_text("\n".join(instructions[:16]) + "\n")
+    return {
+        "success": share([all(answer.values()) for answer in answers]),
+        **{name: share([answer[name] for answer in answers]) for name in ("done", "untouched")},
+        **{f"success of '{kind} ...'": share(kinds[kind]) for kind in sorted(kinds)},
+    }
+
+
+def open_flux(pipeline_class):
+    pipeline = pipeline_class.from_pretrained(ZOO / "mini-flux", dtype=torch.float32)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def seeded_noise(pipeline, seed: int, size: int) -> torch.Tensor:
+    """Noise (1, C, H, W) of a picture of `size` pixels."""
+    return torch.randn(1, *latent_shape(pipeline, size, size), generator=torch.Generator().manual_seed(seed))
+
+
+def pooled(noise_BCHW: torch.Tensor) -> torch.Tensor:
+    """Noise of half the size, of unit variance again."""
+    return 2 * F.avg_pool2d(noise_BCHW, 2)
+
+
+def draw_flux(pipeline, prompts: list[str], noise_BCHW: torch.Tensor, size: int, sources=None) -> torch.Tensor:
+    """Pictures x_BCHW in [0, 1] on the CPU; edits of `sources` where they are given."""
+    batch = 250 if torch.cuda.is_available() else 50
+    shown = []
+    for first in trange(0, len(prompts), batch, desc=f"{size} px", mininterval=10):
+        words, noise = prompts[first : first + batch], noise_BCHW[first : first + batch]
+        call = {
+            "prompt": words,
+            "latents": pack(pipeline, noise),
+            "num_inference_steps": FLUX_STEPS,
+            **guidance(pipeline, FLUX_GUIDANCE, len(words)),
+            **text_length(pipeline),
+        }
+        if sources is not None:
+            call["image"] = encode_sources(pipeline, sources[first : first + batch])
+        latents = pipeline(**call_at_size(pipeline, call, size, size))[0]
+        shown.append(decode(pipeline, unpack(pipeline, latents, noise.shape[1:])).cpu())
+    return torch.cat(shown)
+
+
+def in_batches(function, rows: torch.Tensor, size: int = 100) -> torch.Tensor:
+    return torch.cat([function(part).cpu() for part in rows.split(size)])
+
+
+def same_scene(labels_BHW: torch.Tensor, others_BHW: torch.Tensor) -> torch.Tensor:
+    """Share of the pixels that show a solid in either map where both show one of the same class, (B,)."""
+    solid = (labels_BHW > 0) | (others_BHW > 0)
+    same = (labels_BHW == others_BHW) & solid
+    return same.flatten(1).sum(1) / solid.flatten(1).sum(1).clamp(min=1)
+
+
+def share(answers: list[bool]) -> float:
+    return round(sum(answers) / max(len(answers), 1), 4)
+
+
 @torch.no_grad()
-def vae_psnr(vae, scenes: list[Scene]) -> float:
+def vae_psnr(vae, scenes: list[Scene], size: int = 64) -> float:
     """Mean over images of the PSNR of encoding and decoding, in decibels."""
     values = []
     for i in range(0, len(scenes), 50):
-        x = images(scenes[i : i + 50])
+        x = images(scenes[i : i + 50], size).to(vae.device)
         y = vae.decode(vae.encode(2 * x - 1).latent_dist.mode()).sample / 2 + 0.5
         values.append(-10 * torch.log10((y.clamp(0, 1) - x).square().mean((1, 2, 3))))
     return float(torch.cat(values).mean())
@@ -232,6 +353,7 @@ MEASURES = {
     "clip": measure_clip,
     "dino": measure_dino,
     "mini-sd": measure_mini_sd,
+    "mini-flux": measure_mini_flux,
 }
 
 

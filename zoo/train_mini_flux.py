@@ -9,8 +9,8 @@ FluxKontextPipeline.
 The third goes on from landed weights, in a sitting of its own. Needs the results of `zoo/train_mini_flux_vae.py` and
 `zoo/train_clip.py`.
 
-What does not change from step to step is made once and kept in the folder of the run: latents of scenes at both sizes and
-of their edited versions, several captions a scene, instructions, all as token ids. Steps are of four kinds, with a
+What does not change from step to step is made once and kept in the folder of the run: latents of scenes at both sizes
+and of their edited versions, several captions a scene, instructions, all as token ids. Steps are of four kinds, with a
 batch of one size: from a caption, small or large; from a source picture and an instruction, small or large. Larger
 pictures and edits come in smaller batches, for the same number of tokens.
 """
