@@ -4,7 +4,10 @@
 """Compares solvers on held-out prompts: consistency to the full-step picture, cost, ranks, all with intervals.
 
     python evaluate.py --config configs/eval_mini_sd.yaml
-    python evaluate.py --config configs/eval_mini_sd.yaml --learned runs/mini_sd/best --num_prompts 100
+    python evaluate.py --config configs/eval_mini_sd.yaml --learned out/solver \\
+        --columns '{"guidance_scale": 3, "steps": [5, 8], "num_prompts": 50}'
+
+The first line says what it costs, in network evaluations and minutes.
 
 Writes metrics.json, table.md, plots and contact_sheet.png into `output_dir`. Finished cells are kept in its `cache`:
 the same command goes on after an interruption, and measures only what is new after a change of the config.

@@ -7,7 +7,8 @@
 | `config`        | every knob                                                                                   |
 | `solvers`       | the classical solvers on their grids, the learned ones from their folders                    |
 | `contenders`    | the rows of the table: a solver, or a distilled network with its own scheduler               |
-| `rendering`     | stock pipeline calls: same noise for all, evaluations counted, time taken                    |
+| `budget`        | what all of it costs, said before it begins                                                  |
+| `rendering`     | stock pipeline calls: same noise for all, evaluations counted and shared, time taken         |
 | `targets`       | full-step pictures and their features, once, on disk                                         |
 | `metrics`       | consistency, Fréchet distance, caption check, ranks                                          |
 | `cells`         | one (contender, steps, guidance): measured, kept on disk                                     |

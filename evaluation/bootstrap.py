@@ -24,11 +24,13 @@ class Estimate:
         replicates: float64 (R,), one a resample.
         centred: whether the interval is value ± 1.96 standard deviations of the replicates rather than their
             percentiles. For statistics that a resample shifts, such as a Fréchet distance.
+        count: of prompts.
     """
 
     value: float
     replicates: torch.Tensor
     centred: bool = False
+    count: int = 0
 
     @property
     def ci95(self) -> list[float]:
@@ -42,7 +44,10 @@ class Estimate:
         """The paired difference. Raises ValueError if the two were not resampled alike."""
         if len(self.replicates) != len(other.replicates):
             raise ValueError(f"{len(self.replicates)} and {len(other.replicates)} resamples do not pair.")
-        return Estimate(self.value - other.value, self.replicates - other.replicates, self.centred or other.centred)
+        if self.count != other.count:
+            raise ValueError(f"Estimates on {self.count} and {other.count} prompts do not pair.")
+        replicates = self.replicates - other.replicates
+        return Estimate(self.value - other.value, replicates, self.centred or other.centred, self.count)
 
 
 @lru_cache(maxsize=8)  # a table asks hundreds of times for the same few
@@ -57,11 +62,13 @@ def resample_weights(count: int, resamples: int, seed: int = 0) -> torch.Tensor:
 def mean(values_N: torch.Tensor, resamples: int = 2000, seed: int = 0) -> Estimate:
     """The mean of one value a prompt."""
     values_N = values_N.double()
-    return Estimate(float(values_N.mean()), resample_weights(len(values_N), resamples, seed) @ values_N)
+    replicates = resample_weights(len(values_N), resamples, seed) @ values_N
+    return Estimate(float(values_N.mean()), replicates, count=len(values_N))
 
 
 def statistic(function: Callable[[torch.Tensor], float], count: int, seed: int = 0) -> Estimate:
     """Any statistic of `count` prompts, as a function of their weights, float64 (N,) that sum to 1."""
     weights_RN = resample_weights(count, SET_RESAMPLES, seed)
     replicates = torch.tensor([function(weights_N) for weights_N in weights_RN], dtype=torch.float64)
-    return Estimate(function(torch.full((count,), 1 / count, dtype=torch.float64)), replicates, centred=True)
+    value = function(torch.full((count,), 1 / count, dtype=torch.float64))
+    return Estimate(value, replicates, centred=True, count=count)

@@ -62,15 +62,15 @@ def _plan_columns(
     classical = [row for row in rows if row.is_classical]
     chooses = needs_choice(columns, rows)
     for steps in columns.steps:
-        on_grid: dict[str, int] = {}
+        on_grid: set[str] = set()
         for row in classical if chooses else ():
             for grid in row.grids:
                 shared = 2 if grid in on_grid else 0 if grid == "leading" else 1
-                on_grid[grid] = steps
+                on_grid.add(grid)
                 budget.grids += config.grid_prompts * max(steps - shared, 0)
                 budget.pictures += config.grid_prompts
         measured = len(classical[: columns.finalists])
-        budget.rows += pictures * (max(steps - 2, 0) * measured + 1 * bool(measured))
+        budget.rows += pictures * (max(steps - 2, 0) * measured + bool(measured))
         budget.pictures += pictures * measured
         for row in rows:
             if not row.is_classical and not row.steps:

@@ -69,7 +69,6 @@ class EvaluationConfig:
     output_dir: str = field(metadata={"help": "folder of the table, the plots and the cache"})
     # Rows
     learned: str | None = field(default=None, metadata={"help": "solver folder or hub id; compared with all others"})
-    distilled: str | None = field(default=None, metadata={"help": "solver folder fitted to teacher trajectories"})
     solvers: list[str] = field(
         default_factory=lambda: ["ddim", "ipndm", "ab2", "deis", "unipc", "dpm2m", "dpmpp2m"],
         metadata={"help": "classical solvers; 'base' is the learned one untrained"},

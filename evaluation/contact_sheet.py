@@ -18,7 +18,7 @@ INK, FAINT, ACCENT, PAPER = "#1d232a", "#6b7680", "#d1495b", "#ffffff"
 
 def draw_contact_sheet(results: Results, path: Path) -> None:
     """Writes the sheet: one block of rows a guidance scale."""
-    blocks = [(measured, _groups(measured, results)) for measured in results.measured]
+    blocks = [(measured, _groups(measured, results)) for measured in _by_guidance(results)]
     rows = results.config.sheet_rows
     width = max(_width(groups) for _, groups in blocks)
     block_height = HEAD + rows * (TILE + GAP) + GROUP_GAP
@@ -26,6 +26,17 @@ def draw_contact_sheet(results: Results, path: Path) -> None:
     for i, (measured, groups) in enumerate(blocks):
         _draw_block(sheet, MARGIN + i * block_height, measured, groups, rows)
     sheet.save(path)
+
+
+def _by_guidance(results: Results) -> list[Measured]:
+    """All cells of a guidance scale by their steps; columns of one guidance scale begin with the same prompts."""
+    merged = []
+    for guidance in results.config.guidance_scales:
+        here = [measured for measured in results.measured if measured.task.samples.guidance_scale == guidance]
+        most = max(here, key=lambda measured: len(measured.task.samples.prompts))
+        cells = [cell for measured in here for cell in measured.cells]
+        merged.append(Measured(most.task, sorted(cells, key=lambda cell: cell.steps)))
+    return merged
 
 
 def _groups(measured: Measured, results: Results) -> list[tuple[str, list[tuple[int, torch.Tensor]]]]:

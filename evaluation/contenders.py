@@ -54,10 +54,8 @@ def contenders(config: EvaluationConfig, pipe: DiffusionPipeline) -> list[Conten
             solver that does not fit the model.
         OSError: a solver is missing or has no weights.
     """
-    own, rows = pipe.scheduler, []
-    for name in ("learned", "distilled"):
-        if path := getattr(config, name):
-            rows.append(Contender(name, learned(path, own)))
+    own = pipe.scheduler
+    rows = [Contender("learned", learned(config.learned, own))] if config.learned else []
     for name in config.solvers:
         if name == "base" and not config.learned:
             raise ValueError("solver 'base' is the learned one without its training: it needs `learned`.")

@@ -7,7 +7,8 @@ it was trained on), `across_steps` (the learned solver at K steps against the be
     rows    {"solver", "steps", "guidance_scale", "nfe", "prompts", "metrics": {name: {"mean", "ci95"}},
              "seconds_per_image", "solver_share", "grid", "grids", "own_guidance_scale"}
             `grids` has the main metric of every grid on the prompts on which it was chosen; these are not the table's
-    paired  {"a", "b", "steps", "guidance_scale", "metric", "difference", "ci95"}, the difference being a - b
+    paired  {"a", "b", "steps", "guidance_scale", "metric", "difference", "ci95"}, the difference being a - b, on the
+            prompts that both have
     left_out  {"solver", "steps", "guidance_scale", "reason"}
 """
 
@@ -86,7 +87,7 @@ def write_report(results: Results, folder: Path) -> dict:
 def make_metrics(results: Results) -> dict:
     """The content of metrics.json."""
     config = results.config
-    rows, paired, across, workflow, left_out = [], [], [], [], []
+    rows, differences, across, workflow, left_out = [], [], [], [], []
     classical = set(config.solvers) - {"base"}
     for guidance in config.guidance_scales:
         here = [measured for measured in results.measured if measured.task.samples.guidance_scale == guidance]
@@ -95,7 +96,7 @@ def make_metrics(results: Results) -> dict:
         both = [(cell, estimate(cell, m.task, results)) for m in here for cell in m.cells]
         tasks = [m for m in here for _ in m.cells]
         rows += [make_row(cell, e, m) for (cell, e), m in zip(both, tasks, strict=True)]
-        paired += paired_differences(both)
+        differences += paired_differences(both, config.resamples)
         across += differences_across_steps(both, classical, config.resamples)
         workflow += [
             w for (cell, _), m in zip(both, tasks, strict=True) if (w := simulate_cell(cell, m.task, results))
@@ -112,7 +113,7 @@ def make_metrics(results: Results) -> dict:
             "grid_prompts": config.grid_prompts,
         },
         "rows": rows,
-        "paired": paired,
+        "paired": differences,
         "across_steps": across,
         "workflow": workflow,
         "left_out": left_out,
@@ -179,39 +180,56 @@ def full_row(task: Task, results: Results) -> dict:
 Both = Sequence[tuple[Cell, Mapping[str, Estimate]]]
 
 
-def paired_differences(cells: Both, a: str = "learned") -> list[dict]:
+def paired_differences(cells: Both, resamples: int, a: str = "learned") -> list[dict]:
     """The learned solver minus each other one, at the same number of steps."""
-    mine = {cell.steps: estimates for cell, estimates in cells if cell.solver == a}
-    return [
-        _difference(a, cell.solver, cell, name, mine[cell.steps][name] - value, {"steps": cell.steps})
-        for cell, estimates in cells
-        if cell.solver != a and cell.steps in mine
-        for name, value in estimates.items()
-    ]
+    mine = {cell.steps: (cell, estimates) for cell, estimates in cells if cell.solver == a}
+    entries = []
+    for other in cells:
+        cell, estimates = other
+        if cell.solver != a and cell.steps in mine:
+            for name in estimates:
+                if difference := paired(mine[cell.steps], other, name, resamples):
+                    entries.append(_difference(a, cell.solver, cell, name, difference, {"steps": cell.steps}))
+    return entries
 
 
 def differences_across_steps(cells: Both, classical: set[str], resamples: int, a: str = "learned") -> list[dict]:
-    """The learned solver at K steps minus the best classical one at the next greater K that has any.
-
-    Where the two have different numbers of prompts, which begin alike, on those of both. One value a prompt is needed
-    for that; Fréchet distances are left out.
-    """
+    """The learned solver at K steps minus the best classical one at the next greater K that has any."""
     counts = sorted({cell.steps for cell, _ in cells if cell.solver in classical})
     entries = []
-    for cell, _ in cells:
+    for mine in cells:
+        cell, estimates = mine
         more = next((steps for steps in counts if steps > cell.steps), None)
         if cell.solver != a or more is None:
             continue
-        others = [(other, e) for other, e in cells if other.steps == more and other.solver in classical]
-        for name, values in cell.values.items():
-            candidates = [(e[name].value, other) for other, e in others if name in other.values]
-            if candidates:
-                best = max(candidates, key=lambda pair: pair[0])[1]
-                both = min(len(values), len(best.values[name]))
-                difference = mean(values[:both].double() - best.values[name][:both].double(), resamples)
+        for name in estimates:
+            sign = -1 if name.startswith(LOWER_IS_BETTER) else 1
+            others = [pair for pair in cells if pair[0].steps == more and pair[0].solver in classical]
+            best = max(
+                (pair for pair in others if name in pair[1]), key=lambda pair: sign * pair[1][name].value, default=None
+            )
+            if best and (difference := paired(mine, best, name, resamples)):
                 steps = {"steps": cell.steps, "steps_b": more}
-                entries.append(_difference(a, best.solver, cell, name, difference, steps))
+                entries.append(_difference(a, best[0].solver, cell, name, difference, steps))
     return entries
+
+
+def paired(
+    a: tuple[Cell, Mapping[str, Estimate]], b: tuple[Cell, Mapping[str, Estimate]], name: str, resamples: int
+) -> Estimate | None:
+    """a - b in a metric that b has. Cells of different columns begin with the same prompts, and pair on those.
+
+    None where a has no such metric, or where it is one of whole sets (a Fréchet distance) and these differ.
+    """
+    (cell_a, of_a), (cell_b, of_b) = a, b
+    if name not in of_a:
+        return None
+    if of_a[name].count == of_b[name].count:
+        return of_a[name] - of_b[name]
+    if name not in cell_a.values:
+        return None
+    both = min(of_a[name].count, of_b[name].count)
+    return mean(cell_a.values[name][:both].double() - cell_b.values[name][:both].double(), resamples)
 
 
 def _difference(a: str, b: str, cell: Cell, metric: str, difference: Estimate, steps: dict) -> dict:

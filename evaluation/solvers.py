@@ -1,8 +1,8 @@
 """The solvers of a comparison, as schedulers for a stock pipeline.
 
-Classical ones run on every timestep spacing that diffusers knows, and end where the full-step pictures end: at the
-lowest training noise. They are diffusers' own classes or the tables of `solver.multistep`, which are tested to equal
-diffusers' where both exist. On a flow model there is one grid, the pipeline's own.
+Classical ones are the tables of `solver.multistep`, which are tested to equal diffusers' schedulers, on one grid for
+all: each timestep spacing that diffusers knows, ending where the full-step pictures end, at the lowest training noise;
+on a flow model the pipeline's own. Solvers on one grid so begin with the same step, to the last bit.
 
 The number of steps is that of network evaluations. Solvers of two evaluations a step take every second point of the
 grid: singlestep DPM-Solver-2 spends exactly as many as it is given, Heun one less where that number is even, since its
@@ -13,12 +13,7 @@ from collections.abc import Callable
 
 import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
-)
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
 from evaluation.cache import fingerprint
@@ -32,22 +27,9 @@ OWN_GRID = "own"
 # scheduler of a pipeline, number of steps, guidance scale -> scheduler of the run
 Factory = Callable[[SchedulerMixin, int, float], SchedulerMixin]
 
-# The DDIM trap: clip_sample is on by default, and clips latents as if they were pictures.
-DDIM = (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False})
-DPM = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
-# name -> (diffusers class, changes to the config), or (rule of solver.multistep, order)
+# name -> rule of solver.multistep and its order
 CLASSICAL = {
-    "ddim": DDIM,
-    "ipndm": ("ipndm", 4),
-    "ab2": ("ab2", 2),
-    "deis": (diffusers.DEISMultistepScheduler, {}),
-    "unipc": (diffusers.UniPCMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
-    "dpm2m": ("dpm2m", 2),
-    "dpm2s": ("dpm2s", 2),
-    "dpmpp2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "final_sigmas_type": "sigma_min"}),
-}
-FLOW_RULES = {
-    "euler": ("ddim", 1),
+    "ddim": ("ddim", 1),
     "ab2": ("ab2", 2),
     "ipndm": ("ipndm", 4),
     "deis": ("deis", 2),
@@ -56,8 +38,10 @@ FLOW_RULES = {
     "dpmpp2m": ("dpmpp2m", 2),
     "unipc": ("unipcpp2", 2),
 }
+LOWER_ORDER_FINAL = ("deis", "dpm2m", "dpmpp2m")  # the last of less than 15 steps is first order, as in diffusers
+GRID = {"final_sigmas_type": "sigma_min", "algorithm_type": "dpmsolver", "use_karras_sigmas": False}
 HEUN = "heun"
-FLOW_SOLVERS = (*FLOW_RULES, HEUN)
+FLOW_SOLVERS = (*CLASSICAL, HEUN)  # ddim is Euler's method there
 
 
 class RuleScheduler(ConsistencySolverScheduler):
@@ -67,11 +51,8 @@ class RuleScheduler(ConsistencySolverScheduler):
 
     @classmethod
     def of(cls, rule: str, order: int, scheduler: SchedulerMixin, steps: int) -> "RuleScheduler":
-        """The rule on the grid of a scheduler. Some rules reach back as far as there are steps.
-
-        The last of less than 15 steps of `dpm2m` is first order, as in diffusers.
-        """
-        settings = {"learn_grid": False, "lower_order_final": rule == "dpm2m"}
+        """The rule on the grid of a scheduler. Some rules reach back as far as there are steps."""
+        settings = {"learn_grid": False, "lower_order_final": rule in LOWER_ORDER_FINAL}
         made = cls.from_scheduler(scheduler, order=max(order, steps), **settings)
         made.rule, made.rule_order = rule, order
         return made
@@ -118,7 +99,7 @@ def classical(name: str, own: SchedulerMixin) -> dict[str, Factory]:
     """Grid -> factory of a classical solver for pipelines with the noise schedule of `own`.
 
     Raises:
-        ValueError: there is no such solver, or it has no form for flow models.
+        ValueError: there is no such solver, or it has no form for this kind of model.
     """
     known = FLOW_SOLVERS if is_flow(own) else CLASSICAL
     if name not in known:
@@ -126,19 +107,14 @@ def classical(name: str, own: SchedulerMixin) -> dict[str, Factory]:
     if name == HEUN:
         return {OWN_GRID: lambda own, steps, guidance: FlowHeunScheduler.from_config(own.config)}
     if is_flow(own):
-        return {OWN_GRID: lambda own, steps, guidance: RuleScheduler.of(*FLOW_RULES[name], own, steps)}
+        return {OWN_GRID: lambda own, steps, guidance: RuleScheduler.of(*CLASSICAL[name], own, steps)}
     return {spacing: _on_grid(*CLASSICAL[name], spacing) for spacing in SPACINGS}
 
 
-def _on_grid(kind: type | str, settings: dict | int, spacing: str) -> Factory:
+def _on_grid(rule: str, order: int, spacing: str) -> Factory:
     def make(own: SchedulerMixin, steps: int, guidance_scale: float) -> SchedulerMixin:
-        if isinstance(kind, str):
-            grid = DPMSolverMultistepScheduler.from_config(own.config, **DPM, timestep_spacing=spacing)
-            return RuleScheduler.of(kind, settings, grid, steps)
-        if kind is DDIMScheduler and spacing == "linspace":
-            # DDIMScheduler steps to t - T/K, which is no point of this grid; first-order DPM-Solver is DDIM.
-            return DPMSolverMultistepScheduler.from_config(own.config, **DPM, solver_order=1, timestep_spacing=spacing)
-        return kind.from_config(own.config, **settings, timestep_spacing=spacing)
+        grid = DPMSolverMultistepScheduler.from_config(own.config, **GRID, timestep_spacing=spacing)
+        return RuleScheduler.of(rule, order, grid, steps)
 
     return make
 
@@ -183,7 +159,8 @@ def describe(scheduler: SchedulerMixin, steps: int) -> dict:
     and weights have to do.
     """
     if isinstance(scheduler, ConsistencySolverScheduler) and not scheduler.is_flow:
-        timesteps, sigmas, weights = scheduler.coefficients(steps)
+        scheduler.set_timesteps(steps)
+        timesteps, sigmas, weights = scheduler.table
         used = weights[:, : int(weights.any(0).nonzero().max()) + 1]
         table = [float(f"{x:.5g}") for values in (timesteps, sigmas, used) for x in values.flatten().tolist()]
         return {"table": table, "prediction_type": scheduler.config.prediction_type}

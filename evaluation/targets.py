@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
+from tqdm import tqdm
 
 from data.teacher import library_versions, weights_digest
 from evaluation.cache import digest, load, store
@@ -73,16 +74,14 @@ class Targets:
         """The full-step pictures of samples, from the cache as far as they are there."""
         instruments = instruments or self.instruments
         key = digest({**self.identity, "samples": samples})
-        batches = [load(path) or self._render(batch, path) for batch, path in self._parts(samples)]
+        name = f"full-step pictures, guidance {samples.guidance_scale:g}"
+        parts = tqdm(self._parts(samples), desc=name, leave=False)
+        batches = [load(path) or self._render(batch, path) for batch, path in parts]
         images = torch.cat([tensors["images"] for tensors, _ in batches])
         costs = [facts for _, facts in batches]
         medians = torch.tensor([[c["seconds_per_image"], c["solver_share"]] for c in costs]).median(dim=0).values
         cost = {"nfe": costs[0]["nfe"], "seconds_per_image": float(medians[0]), "solver_share": float(medians[1])}
         return Target(key, images, self._seen(key, images, samples, instruments), cost)
-
-    def missing(self, samples: Samples) -> int:
-        """How many of these pictures are not in the cache."""
-        return sum(len(batch.prompts) for batch, path in self._parts(samples) if not path.is_file())
 
     def _render(self, batch: Samples, path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         """Renders a batch; it is on disk before the next begins."""

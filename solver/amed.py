@@ -20,7 +20,7 @@ Shape suffixes: K evaluations, C candidates, B rows.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,6 +126,14 @@ class AmedConfig(SolverRunConfig):
     teacher_substeps: int = field(default=8, metadata={"help": "steps of the teacher between two ends"})
     candidates: int = field(default=7, metadata={"help": "middles tried for each step"})
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num_rows", "teacher_substeps", "candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
+        if not self.evaluations or any(count < 2 or count % 2 for count in self.evaluations):
+            raise ValueError(f"evaluations={self.evaluations}: AMED makes two a step, so expected even numbers.")
+
 
 def fit(config: AmedConfig) -> ConsistencySolverScheduler:
     """One run: fits, writes `output_dir`, returns the baked solver."""
@@ -135,16 +143,27 @@ def fit(config: AmedConfig) -> ConsistencySolverScheduler:
     renderer, dataset = open_run(config, config.num_rows)
     numbers = rows_by_guidance(dataset, [config.guidance_scale])[float(config.guidance_scale)]
     rows = [dataset[i] for i in numbers[: config.num_rows]]
-    baked = {}
-    for count in config.evaluations:
-        table = fit_amed(renderer, rows, config.guidance_scale, count, config.teacher_substeps, config.candidates)
-        baked[str(count)] = {name: value.tolist() for name, value in table._asdict().items()}
-        baked[str(count)]["actions"] = [[0.0]] * count  # a table is all there is
-    settings = {"solver_order": 2, "learn_grid": False, "guidance_scale": config.guidance_scale}
-    solver = ConsistencySolverScheduler.from_config(renderer.scheduler.config, coefficients=baked, **settings)
+    tables = {
+        count: fit_amed(renderer, rows, config.guidance_scale, count, config.teacher_substeps, config.candidates)
+        for count in config.evaluations
+    }
+    solver = bake_amed(renderer.scheduler, tables, config.guidance_scale)
     solver.save_pretrained(config.output_dir)
-    print(f"{config.output_dir}: AMED's steps for {', '.join(baked)} evaluations, guidance {config.guidance_scale:g}.")
+    counts = ", ".join(map(str, tables))
+    print(f"{config.output_dir}: AMED's steps for {counts} evaluations, guidance {config.guidance_scale:g}.")
     return solver
+
+
+def bake_amed(
+    scheduler: ConsistencySolverScheduler, tables: Mapping[int, SolverTable], guidance_scale: float
+) -> ConsistencySolverScheduler:
+    """A solver that has these tables, by their numbers of evaluations, and nothing else."""
+    baked = {
+        str(count): {name: value.tolist() for name, value in table._asdict().items()} | {"actions": [[0.0]] * count}
+        for count, table in tables.items()
+    }
+    settings = {"solver_order": 2, "learn_grid": False, "guidance_scale": guidance_scale}
+    return ConsistencySolverScheduler.from_config(scheduler.config, coefficients=baked, **settings)
 
 
 def main(arguments: list[str] | None = None) -> None:

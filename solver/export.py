@@ -133,8 +133,8 @@ def _bake(solver, guidance_scale, steps, mu):
     if not solver.config.use_dynamic_shifting:
         return solver.bake(steps, guidance_scale, mu)
     # Pipelines of these models name their own grid, and the baked residuals are applied to that.
-    grid = lambda count: [1 - i / count for i in range(count)]  # noqa: E731
-    return solver.bake(steps, guidance_scale, solver.config.max_shift if mu is None else mu, grid)
+    mu = solver.config.max_shift if mu is None else mu
+    return solver.bake(steps, guidance_scale, mu, lambda count: [1 - i / count for i in range(count)])
 
 
 def _copy_pipeline(model: str | None, baked, output: Path) -> None:
@@ -187,17 +187,11 @@ def model_card(solver, kind: str, folder: str, model: str | None, guidance: floa
 
 
 def _coefficients(solver, steps: int, guidance: float) -> str:
-    if solver.config.use_dynamic_shifting:
-        table = (
-            {name: solver.config.coefficients[str(steps)][name] for name in ("timesteps", "weights")}
-            if (solver.config.coefficients)
-            else None
-        )
-        if table is None:
-            return (
-                "They depend on the size of the image; `scheduler.coefficients(steps, guidance, mu=..., sigmas=...)`."
-            )
-        timesteps, weights = table["timesteps"], table["weights"]
+    if solver.policy is None:  # the numbers that will run
+        baked = solver.config.coefficients[str(steps)]
+        timesteps, weights = baked["timesteps"], baked["weights"]
+    elif solver.config.use_dynamic_shifting:
+        return "They depend on the size of the image: `scheduler.coefficients(steps, guidance, mu=..., sigmas=...)`."
     else:
         found = solver.coefficients(steps, guidance)
         timesteps, weights = found.timesteps.tolist(), found.weights.tolist()

@@ -49,6 +49,8 @@ def test_equal_values_differ_by_nothing():
 def test_differently_resampled_estimates_do_not_pair():
     with pytest.raises(ValueError, match="10 and 20 resamples"):
         mean(normal(5), 10) - mean(normal(5), 20)
+    with pytest.raises(ValueError, match="on 5 and 6 prompts"):
+        mean(normal(5), 10) - mean(normal(6), 10)
 
 
 def test_interval_of_a_set_statistic_is_centred():

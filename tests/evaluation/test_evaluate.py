@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 
 from evaluate import main
+from evaluation.bootstrap import mean, statistic
+from evaluation.cells import Cell
 from evaluation.config import EvaluationConfig
+from evaluation.report import paired_differences
 from evaluation.targets import reference_images
 
 STEPS, PROMPTS, CANDIDATES = [3, 4], 8, 3
@@ -101,6 +104,17 @@ def test_paired_differences_are_those_of_the_rows(evaluated):
             a = means["learned", entry["steps"], entry["guidance_scale"], entry["metric"]]
             b = means[entry["b"], entry["steps_b"], entry["guidance_scale"], entry["metric"]]
             assert entry["difference"] == pytest.approx(a - b, abs=1e-6)
+
+
+def test_cells_of_different_columns_pair_on_the_prompts_they_share():
+    def cell(solver, values):
+        values = torch.tensor(values)
+        cell = Cell(solver, "own", 5, 3.0, {}, {"pixels": values}, {}, None, values)
+        return cell, {"pixels": mean(values, 100), "frechet_dino": statistic(lambda w: 1.0, len(values))}
+
+    (entry,) = paired_differences([cell("learned", [5.0, 7.0, 9.0, 100.0]), cell("amed", [1.0, 2.0, 3.0])], 100)
+    assert (entry["metric"], entry["difference"]) == ("pixels", 5.0)
+    assert 4 <= entry["ci95"][0] <= entry["ci95"][1] <= 6
 
 
 def test_columns_say_what_is_measured(evaluated):

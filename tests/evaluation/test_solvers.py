@@ -1,12 +1,29 @@
 """Classical solvers on their grids, and how runs are counted and kept apart."""
 
+import math
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 from tiny_pipelines import run, tiny_pipeline
 
 from evaluation.rendering import Cost, Sampler
-from evaluation.solvers import CLASSICAL, FLOW_RULES, SPACINGS, RuleScheduler, by_class_name, classical, learned
+from evaluation.solvers import (
+    CLASSICAL,
+    FLOW_SOLVERS,
+    FlowHeunScheduler,
+    by_class_name,
+    classical,
+    describe,
+    learned,
+)
 from solver import ConsistencySolverScheduler
 from solver.prompt_embeddings import PromptEmbeddings
 
@@ -47,65 +64,113 @@ def test_evaluations_are_counted_not_assumed(sampler):
     assert 0 < cost.summary()["solver_share"] < 1
 
 
-def test_ddim_never_clips_and_steps_to_the_next_grid_point(sampler):
+# The DDIM trap: clip_sample is on by default, and clips latents as if they were pictures.
+END = {"final_sigmas_type": "sigma_min"}
+STOCK = {
+    "ddim": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "solver_order": 1, **END}),
+    "deis": (DEISMultistepScheduler, {}),
+    "dpm2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", **END}),
+    "dpmpp2m": (DPMSolverMultistepScheduler, END),
+    "unipc": (UniPCMultistepScheduler, END),
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_rules_equal_diffusers_on_the_same_grid(sampler, name):
+    own, (stock_class, settings) = sampler.pipe.scheduler, STOCK[name]
+    for spacing, make in classical(name, own).items():
+        stock = stock_class.from_config(own.config, **settings, timestep_spacing=spacing)
+        mine = pictures(sampler, make(own, 6, 3.0), 6)
+        torch.testing.assert_close(mine, pictures(sampler, stock, 6), rtol=0, atol=5e-4, msg=f"{name}, {spacing}")
+
+
+def test_ddim_is_the_stock_scheduler_on_its_trailing_grid(sampler):
     own = sampler.pipe.scheduler
-    grids = classical("ddim", own)
-    for spacing in SPACINGS:
-        scheduler = grids[spacing](own, 4, 3.0)
-        if isinstance(scheduler, DDIMScheduler):
-            assert not scheduler.config.clip_sample
-        # The rule w = (1), on the grid of whichever class it is.
-        exact = ConsistencySolverScheduler.from_scheduler(scheduler, order=1, base_rule="ddim", learn_grid=False)
-        torch.testing.assert_close(
-            pictures(sampler, grids[spacing](own, 4, 3.0)), pictures(sampler, exact), rtol=0, atol=2e-3
-        )
+    settings = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing"}
+    stock = DDIMScheduler.from_config(own.config, **settings)
+    mine = pictures(sampler, classical("ddim", own)["trailing"](own, 5, 3.0), 5)
+    torch.testing.assert_close(mine, pictures(sampler, stock, 5), rtol=0, atol=5e-4)
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_rules_equal_diffusers_on_the_same_grid(sampler, spacing):
-    stock = DPMSolverMultistepScheduler.from_config(
-        sampler.pipe.scheduler.config,
-        algorithm_type="dpmsolver",
-        final_sigmas_type="sigma_min",
-        timestep_spacing=spacing,
-        lower_order_final=False,
-    )
-    rule = RuleScheduler.of("dpm2m", 2, stock, steps=4)
-    torch.testing.assert_close(pictures(sampler, rule), pictures(sampler, stock), rtol=0, atol=1e-4)
-
-
-def test_rules_that_reach_back_to_the_start_keep_their_whole_history(sampler):
-    stock = DPMSolverMultistepScheduler.from_config(
-        sampler.pipe.scheduler.config, final_sigmas_type="sigma_min", lower_order_final=False
-    )
-    rule = RuleScheduler.of("dpmpp2m", 2, stock_epsilon(stock), steps=6)
-    torch.testing.assert_close(pictures(sampler, rule, 6), pictures(sampler, stock, 6), rtol=0, atol=1e-4)
-
-
-def stock_epsilon(scheduler):
-    return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver")
-
-
-@pytest.mark.parametrize("name", FLOW_RULES)
+@pytest.mark.parametrize("name", FLOW_SOLVERS)
 def test_flow_models_have_their_own_grid(name):
     pipe, call = tiny_pipeline("flux")
     (grid,) = classical(name, pipe.scheduler)
     expected = run(pipe, call, num_inference_steps=4)
     pipe.scheduler = classical(name, pipe.scheduler)[grid](pipe.scheduler, 4, 2.5)
     latents = run(pipe, call, num_inference_steps=4)
-    assert torch.equal(latents, expected) == (name == "ddim")  # on a flow model it is Euler
+    assert torch.equal(latents, expected) == (name == "ddim")
     assert latents.isfinite().all()
 
 
-def test_packed_families_render_too():
+def test_heun_on_a_flow_model_has_second_order_and_asks_at_the_right_times():
+    """dx/dσ = -2x + 3σ from 1 to 0; diffusers counts Heun's evaluations alike: 2N - 1 for N steps."""
+    errors = []
+    for steps in (33, 65):
+        scheduler = FlowHeunScheduler()
+        scheduler.set_timesteps(steps, sigmas=torch.linspace(1, 0, steps + 1)[:-1].tolist())
+        x = torch.ones(1).double()
+        for t in scheduler.timesteps:
+            x = scheduler.step((-2 * x + 3 * t / 1000).double(), t, x)[0]
+        assert len(scheduler.timesteps) == steps
+        errors.append(abs(float(x) - 0.25 * math.exp(2) + 0.75))
+    assert 3 < errors[0] / errors[1] < 5
+
+
+def flux_sampler(**options):
     pipe, call = tiny_pipeline("flux")
     prompts = {"prompt_embeds": call["prompt_embeds"], "pooled_prompt_embeds": call["pooled_prompt_embeds"]}
-    sampler = Sampler(pipe, height=32, width=32)
+    sampler = Sampler(pipe, height=32, width=32, **options)
     sampler.embeddings = PromptEmbeddings(pipe, encode=lambda prompt: prompts)
-    cost = Cost()
-    stock = pictures(sampler, pipe.scheduler, cost=cost)
+    return sampler
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_what_solvers_have_in_common_is_evaluated_once(family, sampler):
+    """They all begin with one DDIM step, so that the second evaluation on a grid is shared too; nothing changes."""
+    flow = family == "flux"
+    alone, together = (flux_sampler(share=s) if flow else Sampler(sampler.pipe, share=s) for s in (False, True))
+    own = together.pipe.scheduler
+    names = ("ddim", "dpm2m", "unipc") + ("deis", "dpmpp2m", "ab2", "ipndm", "dpm2s") * (not flow)
+    for i, name in enumerate(names):
+        make = classical(name, own)["own" if flow else "trailing"]
+        before, costs = together.evaluations, (Cost(), Cost())
+        one, other = (pictures(s, make(own, 4, 3.0), cost=c) for s, c in zip((alone, together), costs, strict=True))
+        assert torch.equal(one, other)
+        assert together.evaluations - before == len(PROMPTS) * (2 if i else 4)
+        assert [cost.summary()["nfe"] for cost in costs] == [4, 4]
+    assert alone.evaluations == len(names) * 4 * len(PROMPTS)
+    together.shared.forget(from_call=1)
+    make = classical(names[0], own)["own" if flow else "trailing"]
+    before = together.evaluations
+    pictures(together, make(own, 4, 3.0))
+    assert together.evaluations - before == 3 * len(PROMPTS)
+
+
+def test_other_prompts_noise_or_guidance_share_nothing(sampler):
+    mine = Sampler(sampler.pipe)
+    make = classical("ddim", sampler.pipe.scheduler)["trailing"]
+    runs = [(PROMPTS, SEEDS, 3.0), (PROMPTS[::-1], SEEDS, 3.0), (PROMPTS, SEEDS[::-1], 3.0), (PROMPTS, SEEDS, 5.0)]
+    for prompts, seeds, guidance in runs:
+        list(mine.render(make(sampler.pipe.scheduler, 2, guidance), prompts, seeds, 2, guidance))
+    assert mine.evaluations == len(runs) * 2 * len(PROMPTS)
+
+
+def test_equal_tables_are_one_solver(models, sampler):
+    """The base rule of an untrained solver, and the classical rule of that name on its grid."""
+    own = sampler.pipe.scheduler
+    base = learned(str(models / "solver"), own, untrained=True)["own"](own, 5, 3.0)
+    rules = {grid: make(own, 5, 3.0) for grid, make in classical("dpm2m", own).items()}
+    assert describe(base, 5) == describe(rules["trailing"], 5) != describe(rules["linspace"], 5)
+    assert describe(base, 5) != describe(learned(str(models / "solver"), own)["own"](own, 5, 3.0), 5)
+
+
+def test_packed_families_render_too():
+    sampler, cost = flux_sampler(), Cost()
+    own = sampler.pipe.scheduler
+    stock = pictures(sampler, own, cost=cost)
     assert stock.shape == (3, 3, 32, 32) and cost.summary()["nfe"] == 4
-    assert torch.equal(stock, pictures(sampler, classical("ddim", pipe.scheduler)["own"](pipe.scheduler, 4, 3.0)))
+    assert torch.equal(stock, pictures(sampler, classical("ddim", own)["own"](own, 4, 3.0)))
 
 
 def test_pictures_do_not_depend_on_the_batch(sampler):

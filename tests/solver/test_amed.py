@@ -5,8 +5,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from toy_mixture import latent_psnr, toy_dataset, toy_pipeline
 
+from evaluation.solvers import RuleScheduler, describe
 from solver import ConsistencySolverScheduler
-from solver.amed import amed_table, fit_amed
+from solver.amed import amed_table, bake_amed, fit_amed
 from solver.multistep import dpm2s
 from solver.rollout import Renderer
 from solver.scheduling_consistency_solver import SolverTable
@@ -44,6 +45,24 @@ def test_fitted_steps_beat_the_midpoint(toy):
     targets = torch.stack([row["target_latents"] for row in held_out])
     scores = [latent_psnr(renderer.render(prompts, seeds, 1.0, t).latents_BCHW, targets) for t in (midpoint, fitted)]
     assert (scores[1] - scores[0]).mean() > 0.5
+
+
+def test_a_baked_table_is_run_as_it_is(toy, tmp_path):
+    """And is not taken for the classical rule that its config names."""
+    scheduler = toy[0].scheduler
+    tables = {
+        k: amed_table(scheduler, scheduler.base_grid(k // 2)[1], [0.4] * (k // 2), [1.1] * (k // 2)) for k in (4, 6)
+    }
+    bake_amed(scheduler, tables, 3.0).save_pretrained(tmp_path)
+    loaded = ConsistencySolverScheduler.from_pretrained(tmp_path)
+    loaded.guidance_scale = 3.0
+    for count, table in tables.items():
+        loaded.set_timesteps(count)
+        for ours, its in zip(table, loaded.table, strict=True):
+            torch.testing.assert_close(ours, its)
+        assert describe(loaded, count) != describe(RuleScheduler.of("dpm2m", 2, scheduler, count), count)
+    with pytest.raises(ValueError, match="Baked for guidance_scale=3"):
+        loaded.guidance_scale = 5.0
 
 
 def test_what_it_cannot_do(toy):
