@@ -3,7 +3,6 @@
 `teacher.json` describes it in full. A resumed build and a training run compare themselves with that file.
 """
 
-import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from data.shards import to_bytes
 from rewards import Reward
 from solver.samplers.calls import encode_sources, guidance, text_length
 from solver.samplers.cascade import call_at_size
+from solver.samplers.digest import weights_digest
 from solver.samplers.latents import decode, default_size, latent_shape, pack, unpack
 
 if TYPE_CHECKING:
@@ -234,17 +234,6 @@ def _check_noise_schedule(scheduler: SchedulerMixin, own: SchedulerMixin) -> Non
             f"{kinds[0]} cannot replace {kinds[1]}. On a flow model use FlowMatchEulerDiscreteScheduler, or pass "
             "prediction_type: flow_prediction and use_flow_sigmas: true."
         )
-
-
-def weights_digest(pipe: DiffusionPipeline) -> str:
-    """Tells retrained weights apart: sha256 over the names, shapes and first values of all tensors of all networks."""
-    digest = hashlib.sha256()
-    for name, part in sorted(pipe.components.items()):
-        if isinstance(part, torch.nn.Module):
-            for key, tensor in sorted(part.state_dict().items()):
-                digest.update(f"{name}.{key} {tuple(tensor.shape)}".encode())
-                digest.update(to_bytes(tensor.flatten()[:32].float()))
-    return digest.hexdigest()
 
 
 def library_versions() -> dict[str, str]:

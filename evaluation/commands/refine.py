@@ -1,31 +1,63 @@
-"""The same picture in full: of a few-step preview, or of a prompt and a seed.
+"""The same picture in full: of a preview, of a few-step picture, or of a prompt and a seed.
 
-python sample.py refine --preview preview.png --output full.png
-python sample.py refine --model zoo/mini-sd --prompt "two white stars in the sky" --seed 7 --output full.png
+    python sample.py refine --preview previews --pick 3 --output full.png
+    python sample.py refine --preview preview.png --output full.png
+    python sample.py refine --model zoo/mini-sd --prompt "two white stars in the sky" --seed 7 --output full.png
+
+A folder is one of `sample.py preview`: its full-size run goes on where it was left. A PNG is one of
+`sample.py solver`: its prompt, seed and model are used.
 """
 
+import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from evaluation.commands import KEPT, add_picture_arguments, check_steps, picture_facts
+from evaluation.commands.preview import save_picture
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_picture_arguments(parser)
-    parser.add_argument("--preview", type=Path, help="PNG of this script: its prompt, seed and model are used")
+    parser.add_argument("--preview", type=Path, help="folder of `preview`, or PNG of `solver`")
+    parser.add_argument("--pick", type=int, help="which preview of the folder; not needed where there is one")
     parser.add_argument(
         "--scheduler", help="diffusers class; by default the multistep DPM-Solver, of a flow model its own"
     )
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, help="default 40; a folder's run has its own number")
 
 
 def run(given: Namespace) -> Path:
-    """Writes the picture. Raises ValueError or OSError as `evaluation.single` says."""
-    check_steps(given.steps)
+    """Writes the picture. Raises ValueError or OSError as `evaluation.single` and `refine` say."""
+    if given.preview and given.preview.is_dir():
+        return _go_on(given)
+    if given.pick is not None:
+        raise ValueError(f"--pick {given.pick}: --preview must be a folder of `sample.py preview`.")
+    steps = 40 if given.steps is None else given.steps
+    check_steps(steps)
     from evaluation.rendering import load_pipeline
     from evaluation.single import full_scheduler, read_facts, render_png
 
     facts = picture_facts(given, read_facts(given.preview, KEPT) if given.preview else None)
     pipe = load_pipeline(facts["model"], given.dtype, given.device)
     pipe.scheduler = full_scheduler(given.scheduler, pipe.scheduler)
-    return render_png(pipe, facts, given.steps, given.output, solver=type(pipe.scheduler).__name__)
+    return render_png(pipe, facts, steps, given.output, solver=type(pipe.scheduler).__name__)
+
+
+def _go_on(given: Namespace) -> Path:
+    """The picked run of a folder, from where it was left."""
+    fixed = [name for name in (*KEPT, "scheduler", "steps") if name != "model" and getattr(given, name) is not None]
+    if fixed:
+        raise ValueError(f"--{fixed[0]}: the previews of {given.preview} are of a run that has begun; leave it out.")
+    facts = json.loads((given.preview / "previews.json").read_text())
+    total = len(facts["candidates"])
+    pick = 1 if given.pick is None and total == 1 else given.pick
+    if pick is None or not 1 <= pick <= total:
+        raise ValueError(f"--pick {pick}: expected 1 to {total}, the previews of {given.preview}.")
+    from evaluation.rendering import load_pipeline
+    from solver.samplers.preview import Checkpoint, refine
+
+    checkpoint = Checkpoint.load(given.preview / str(pick))
+    model = given.model or facts["model"]
+    pipe = load_pipeline(model, facts["dtype"], given.device)
+    facts = {"model": model, "prompt": facts["prompt"], "seed": checkpoint.seed, "preview": given.preview / str(pick)}
+    return save_picture(refine(pipe, checkpoint), given.output, facts)

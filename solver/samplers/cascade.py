@@ -18,6 +18,7 @@ Time: σ runs from 1 (noise) to 0, as in diffusers.
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
@@ -38,10 +39,11 @@ class Segment(NamedTuple):
     """A piece of a run.
 
     Attributes:
-        sigmas: (K+1,) falling, both ends included; flow models only. None where `steps` says the piece.
+        sigmas: (K+1,) falling, both ends included; flow models only. None for the pipeline's own grid.
         height, width: of the picture, in pixels.
         on_step: called before each of the solver's steps.
-        steps: (first, stop, of): steps first .. stop-1 of the pipeline's own grid of `of` steps.
+        steps: (first, stop, of): only steps first .. stop-1 of the `of` steps of the grid; all of them where it is
+            None, which needs sigmas.
     """
 
     sigmas: Sequence[float] | Tensor | None
@@ -70,8 +72,8 @@ def run_segment(
         pipe: a stock pipeline; afterwards it has its own scheduler again.
         latents: unpacked, (B, C, H, W) or (B, C, T, H, W), of the segment's size.
         segment: which sigmas, at which size.
-        scheduler: the solver; a copy of the pipeline's own if None. With sigmas it starts without history; with
-            `steps` that do not begin at 0 it goes on with the history it has.
+        scheduler: the solver; a copy of the pipeline's own if None. Where it stands at the first step of the segment,
+            because it walked the one before, it goes on with its grid and its history; else it starts afresh.
         call: of the pipeline, besides latents, size, steps and output.
 
     Returns:
@@ -88,7 +90,7 @@ def run_segment(
             f"(B, {', '.join(map(str, shape))})."
         )
     stand_in = SegmentScheduler(
-        copy.deepcopy(pipe.scheduler) if scheduler is None else scheduler,
+        fresh_copy(pipe.scheduler) if scheduler is None else scheduler,
         segment,
         to_grid=lambda tokens: unpack(pipe, tokens, shape),
         from_grid=lambda grid: pipe._pack_latents(grid, *grid.shape) if hasattr(pipe, "_pack_latents") else grid,
@@ -97,7 +99,7 @@ def run_segment(
         answer = pipe(
             **call_at_size(pipe, call, segment.height, segment.width),
             latents=pack(pipe, latents),
-            num_inference_steps=segment.steps[2] if segment.steps else len(segment.sigmas) - 1,
+            num_inference_steps=_piece(segment)[2],
         )[0]
     return unpack(pipe, answer, shape)
 
@@ -120,13 +122,21 @@ def sigma_grid(
     Raises:
         ValueError: the pipeline is of no flow model.
     """
-    scheduler = copy.deepcopy(pipe.scheduler) if scheduler is None else scheduler
+    scheduler = fresh_copy(pipe.scheduler) if scheduler is None else scheduler
     require_flow(pipe, scheduler)
     shape = latent_shape(pipe, height, width, call.get("num_frames"))
     with replaced(pipe, "scheduler", _AskedScheduler(scheduler)), suppress(_GridKnown):
         latents = pack(pipe, torch.zeros(number_of_pictures(call), *shape))
         pipe(**call_at_size(pipe, call, height, width), latents=latents, num_inference_steps=num_inference_steps)
     return scheduler.sigmas.detach().cpu().float()
+
+
+def fresh_copy(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """A copy that stands nowhere in a run, whatever the original last did."""
+    scheduler = copy.deepcopy(scheduler)
+    if hasattr(scheduler, "_step_index"):
+        scheduler._step_index = None
+    return scheduler
 
 
 def call_at_size(pipe: DiffusionPipeline, call: dict, height: int, width: int) -> dict:
@@ -183,7 +193,7 @@ class SegmentScheduler:
                 f"{type(scheduler).__name__} evaluates the network {scheduler.order} times a step; segments need one."
             )
         self._done = 0
-        self._first, self._stop = segment.steps[:2] if segment.steps else (0, len(segment.sigmas) - 1)
+        self._first, self._stop, _ = _piece(segment)
 
     def __getattr__(self, name: str):
         return getattr(self._solver, name)
@@ -202,14 +212,16 @@ class SegmentScheduler:
     @property
     def init_noise_sigma(self) -> float:
         """Only the first segment starts from noise that may have to be scaled."""
-        return self._solver.init_noise_sigma if self._segment.steps and self._first == 0 else 1.0
+        return self._solver.init_noise_sigma if self._first == 0 else 1.0
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, timesteps=None, mu=None) -> None:
-        """Sets the solver to the segment's grid. With `steps` the arguments count, else only the device."""
+        """Sets the solver to the segment's grid, unless it is there: given sigmas, or what the pipeline asks for."""
         self._done = 0
+        if self._first > 0 and getattr(self._solver, "step_index", None) == self._first:
+            return
         if self._segment.sigmas is not None:
             set_grid(self._solver, self._segment.sigmas, device)
-        elif self._first == 0 or getattr(self._solver, "step_index", None) != self._first:  # else it goes on
+        else:
             set_own_grid(self._solver, num_inference_steps, device, sigmas=sigmas, timesteps=timesteps, mu=mu)
         if hasattr(self._solver, "set_begin_index"):
             self._solver.set_begin_index(self._first)
@@ -229,6 +241,11 @@ class SegmentScheduler:
                 )
         self._done += 1
         return self._solver.step(model_output, timestep, sample, return_dict=return_dict)
+
+
+def _piece(segment: Segment) -> tuple[int, int, int]:
+    """First step, stop, and number of steps of the segment's grid."""
+    return segment.steps or (0, len(segment.sigmas) - 1, len(segment.sigmas) - 1)
 
 
 class _GridKnown(Exception):
@@ -303,6 +320,26 @@ def _table_on(scheduler: ConsistencySolverScheduler, sigmas: Tensor) -> SolverTa
     here = copy.copy(scheduler)
     here.base_grid = lambda *args, **grid: (timesteps.double(), Grid.flow(sigmas.double()))
     return here.coefficients(len(timesteps))
+
+
+@contextmanager
+def encoded_once(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Inside, the pipeline encodes the same prompts once, however many calls a cascade makes."""
+    encode, kept = pipe.encode_prompt, {}
+
+    def encode_prompt(*args, **kwargs):
+        # Tensors are told apart by identity: those of the cascade's call live as long as this does.
+        values = [*args, *itertools.chain.from_iterable(kwargs.items())]
+        key = tuple(id(value) if isinstance(value, Tensor) else repr(value) for value in values)
+        if key not in kept:
+            kept[key] = (encode(*args, **kwargs), values)
+        return kept[key][0]
+
+    pipe.encode_prompt = encode_prompt
+    try:
+        yield
+    finally:
+        del pipe.encode_prompt
 
 
 @contextmanager

@@ -109,6 +109,24 @@ def latent_shape(
     return channels, (num_frames - 1) // factor + 1, *size
 
 
+def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal noise, one seed a row.
+
+    Args:
+        seeds: B integers.
+        shape: of one row, unpacked, e.g. (C, H, W): `latent_shape(pipeline)`.
+
+    Returns:
+        float32 (B, C, H, W) on the CPU. Row b depends on `seeds[b]` and `shape` only.
+
+    Raises:
+        ValueError: there are no seeds.
+    """
+    if not len(seeds):
+        raise ValueError("initial_noise needs at least one seed, got none.")
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+
+
 def pack(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
     """Latents as `pipe(latents=...)` takes them, on its device, in the dtype of its run.
 

@@ -1,0 +1,128 @@
+"""Small pictures that match the large ones later: a numbered proof sheet, of which one is finished.
+
+    python sample.py preview --model zoo/mini-flux --prompt "a red ring above a blue cube" --seed 7 --candidates 8 \\
+        --output previews
+    python sample.py refine --preview previews --pick 3 --output full.png
+    python sample.py preview --explain --family flux --width 1024 --height 1024 --json
+
+The output is a folder: sheet.png, N.png (N.gif of a video), N.safetensors with N.json, where `refine` goes on, and
+previews.json. Candidate N has the seed `--seed` + N - 1. `--explain` prints phases and FLOPs of a published model, and
+loads no weights.
+"""
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+# option of `PreviewOptions` -> type of the flag; what it means is in that class
+NUMBERS = {"guided_steps": float, "switch": float, "scale": int, "kappa": float, "alpha": float, "small_steps": int}
+CHOICES = ("method", "candidates_from", "selection", "unit", "target", "grid", "positions")
+CALL = {"negative_prompt": str, "guidance_scale": float, "true_cfg_scale": float, "num_frames": int}
+SHEET_COLUMNS = 4
+FRAMES_A_SECOND = 16
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", help="pipeline of a flow model: hub id or local folder")
+    parser.add_argument("--prompt")
+    parser.add_argument("--seed", type=int, help="of the first candidate")
+    parser.add_argument("--candidates", type=int, default=1, help="how many seeds are tried")
+    parser.add_argument("--output", type=Path, help="folder to write")
+    parser.add_argument("--height", type=int, help="of the full-size picture; the pipeline's own by default")
+    parser.add_argument("--width", type=int, help="likewise")
+    parser.add_argument("--steps", type=int, default=30, help="of the full-size run")
+    parser.add_argument("--solver", help="folder or hub id of a learned solver for the small steps")
+    for name, kind in CALL.items():
+        parser.add_argument(f"--{name}", type=kind, help="of the pipeline")
+    options = parser.add_argument_group("options of the method, see solver/samplers/preview/options.py")
+    for name, kind in NUMBERS.items():
+        options.add_argument(f"--{name}", type=kind)
+    for name in CHOICES:
+        options.add_argument(f"--{name}")
+    options.add_argument("--reevaluate", action="store_true", default=None)
+    options.add_argument("--corrections", type=int)
+    options.add_argument("--guide_at_switch", action="store_true", default=None)
+    parser.add_argument("--explain", action="store_true", help="print the plan and stop")
+    parser.add_argument("--family", default="flux", help="published model of --explain")
+    parser.add_argument("--json", action="store_true", help="of --explain")
+    parser.add_argument("--device", help="the GPU if there is one, by default")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+
+
+def run(given: Namespace) -> Path | str:
+    """Writes the folder and answers the sheet's path, or answers the plan. Raises ValueError or OSError."""
+    from solver.samplers.preview import PreviewOptions
+
+    names = (*NUMBERS, *CHOICES, "reevaluate", "corrections", "guide_at_switch")
+    chosen = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    if "candidates_from" in chosen:  # --candidates is their number
+        chosen["candidates"] = chosen.pop("candidates_from")
+    options = PreviewOptions(num_inference_steps=given.steps, **chosen)
+    if given.explain:
+        from solver.samplers.preview.explain import as_table, explain
+
+        report = explain(given.family, given.height, given.width, given.num_frames, options)
+        return json.dumps(report) if given.json else as_table(report)
+    return _render(given, options)
+
+
+def _render(given: Namespace, options) -> Path:
+    if missing := [f"--{key}" for key in ("model", "prompt", "seed", "output") if getattr(given, key) is None]:
+        raise ValueError(f"{', '.join(missing)}: needed to make previews. --explain needs none of them.")
+    if given.candidates < 1:
+        raise ValueError(f"--candidates {given.candidates}: expected at least 1.")
+    from evaluation.rendering import load_pipeline
+    from evaluation.single import solver_scheduler
+    from solver.samplers.preview import preview
+
+    pipe = load_pipeline(given.model, given.dtype, given.device)
+    guidance = given.guidance_scale if given.guidance_scale is not None else 1.0
+    stepper = solver_scheduler(given.solver, pipe.scheduler, guidance) if given.solver else None
+    call = {name: getattr(given, name) for name in CALL if getattr(given, name) is not None}
+    size = {"height": given.height, "width": given.width}
+    picture_facts = {"model": given.model, "prompt": given.prompt, "height": given.height, "width": given.width}
+    picture_facts = {name: value for name, value in picture_facts.items() if value is not None}
+    shown = []
+    for number in range(1, given.candidates + 1):
+        # One by one: a batch would differ from the picture's own run in the last bits.
+        made = preview(pipe, given.prompt, given.seed + number - 1, options, stepper=stepper, **size, **call)
+        made.checkpoint.save(given.output / str(number))
+        save_picture(made.image, given.output / f"{number}.png", picture_facts | {"seed": made.checkpoint.seed})
+        shown.append(made)
+    facts = {"model": given.model, "dtype": given.dtype, "prompt": given.prompt}
+    facts["candidates"] = [{"seed": made.checkpoint.seed, **made.report} for made in shown]
+    (given.output / "previews.json").write_text(json.dumps(facts, indent=1) + "\n")
+    sheet = given.output / "sheet.png"
+    proof_sheet([made.image for made in shown]).save(sheet)
+    return sheet
+
+
+def save_picture(image, path: Path, facts: dict) -> Path:
+    """Writes a picture that remembers facts, or the frames of a video, as a GIF of the same name; returns the path."""
+    from evaluation.single import save_png
+
+    if not isinstance(image, list):
+        save_png(image, path, facts)
+        return path
+    path = path.with_suffix(".gif")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image[0].save(path, save_all=True, append_images=image[1:], duration=1000 // FRAMES_A_SECOND, loop=0)
+    return path
+
+
+def proof_sheet(images: list):
+    """Numbered pictures in rows of four; of a video, its middle frame."""
+    from PIL import Image
+    from torchvision.transforms.functional import to_tensor
+
+    from solver.contact_sheet import contact_sheet
+
+    stills = [image[len(image) // 2] if isinstance(image, list) else image for image in images]
+    numbered = {str(number): to_tensor(still)[None] for number, still in enumerate(stills, start=1)}
+    keys = list(numbered)
+    rows = [keys[start : start + SHEET_COLUMNS] for start in range(0, len(keys), SHEET_COLUMNS)]
+    strips = [contact_sheet({key: numbered[key] for key in row}) for row in rows]
+    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
+    for i, strip in enumerate(strips):
+        sheet.paste(strip, (0, i * strip.height))
+    return sheet

@@ -1,0 +1,34 @@
+"""Fingerprints of weights and tensors: whether two files, or a file and a model, belong together."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+FIRST_VALUES = 32  # of each weight: enough to tell retrained weights apart, and quick on a large model
+
+
+def weights_digest(pipe: DiffusionPipeline) -> str:
+    """Tells retrained weights apart: sha256 over the names, shapes and first values of all tensors of all networks."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, torch.nn.Module):
+            for key, tensor in sorted(part.state_dict().items()):
+                digest.update(f"{name}.{key} {tuple(tensor.shape)}".encode())
+                digest.update(_bytes(tensor.flatten()[:FIRST_VALUES].float()))
+    return digest.hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and all values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

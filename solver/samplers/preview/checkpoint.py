@@ -1,0 +1,189 @@
+"""Where a full-size run was left: two files, `name.safetensors` and `name.json`, that outlive the process.
+
+A checkpoint says everything that decides the rest of the run: the latents, the solver's history, the pipeline and its
+weights, the grid, and what the pipeline is called with. It refuses to go on with anything else.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from solver.samplers.digest import tensors_digest, weights_digest
+from solver.samplers.latents import denoiser
+from solver.scheduling_consistency_solver import ConsistencySolverScheduler
+
+FORMAT = 1
+# What a solver remembers from step to step. `_step_index` is set anew.
+HISTORY = {
+    "FlowMatchEulerDiscreteScheduler": (),
+    "ConsistencySolverScheduler": ("_history",),
+    "UniPCMultistepScheduler": ("model_outputs", "timestep_list", "last_sample", "lower_order_nums", "this_order"),
+    "DPMSolverMultistepScheduler": ("model_outputs", "lower_order_nums"),
+    "DEISMultistepScheduler": ("model_outputs", "lower_order_nums"),
+}
+
+
+@dataclass
+class Checkpoint:
+    """A full-size run of one picture, after some of its steps.
+
+    Attributes:
+        next_step: the step it goes on with.
+        num_inference_steps: of the whole run.
+        height, width: in pixels.
+        sigmas: (N+1,) of the whole run.
+        latents: (C, [T,] H, W) after step `next_step - 1`, unpacked, in the dtype of the run.
+        history: what the solver remembers, tensors with a leading 1.
+        numbers: likewise, what is no tensor.
+        call: what the pipeline is called with, besides size and steps: numbers, texts, tensors such as embeddings.
+        missing: names of what it was called with besides, which cannot be written to a file (an image to edit);
+            `refine` has to be given it again.
+        made_by: pipeline, weights, solver and versions, as `fingerprint` names them.
+    """
+
+    next_step: int
+    num_inference_steps: int
+    height: int
+    width: int
+    sigmas: list[float]
+    latents: Tensor
+    history: dict[str, Tensor]
+    numbers: dict
+    call: dict
+    missing: list[str]
+    made_by: dict
+    seed: int | None = None
+    format: int = field(default=FORMAT)
+
+    def save(self, path: str | Path) -> None:
+        """Writes `path` with the suffixes .safetensors and .json; the JSON last, so that a torn write has none."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        texts = asdict(self)
+        tensors = {f"history.{name}": value for name, value in texts.pop("history").items()}
+        tensors |= {f"call.{name}": value for name, value in self.call.items() if isinstance(value, Tensor)}
+        tensors["latents"] = texts.pop("latents")
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        texts["call"] = {name: value for name, value in self.call.items() if not isinstance(value, Tensor)}
+        texts["tensors"] = tensors_digest(tensors)
+        save_file(tensors, path.with_suffix(".safetensors"))
+        path.with_suffix(".json").write_text(json.dumps(texts, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Checkpoint":
+        """Reads what `save` wrote.
+
+        Raises:
+            OSError: a file is missing.
+            ValueError: it is no checkpoint, of another format, or the two files do not belong together.
+        """
+        path = Path(path)
+        texts = json.loads(path.with_suffix(".json").read_text())
+        if not isinstance(texts, dict) or texts.get("format") != FORMAT:
+            found = texts.get("format") if isinstance(texts, dict) else None
+            raise ValueError(f"{path}: checkpoint of format {found}, expected {FORMAT}; make the preview again.")
+        tensors = load_file(path.with_suffix(".safetensors"))
+        if texts.pop("tensors") != tensors_digest(tensors):
+            raise ValueError(f"{path}: the .json and the .safetensors are of two checkpoints; make the preview again.")
+        history = {name.removeprefix("history."): x for name, x in tensors.items() if name.startswith("history.")}
+        texts["call"] |= {name.removeprefix("call."): x for name, x in tensors.items() if name.startswith("call.")}
+        return cls(**texts, latents=tensors["latents"], history=history)
+
+    def check(self, pipe: DiffusionPipeline, sigmas: Tensor, other_versions: bool = False) -> None:
+        """Raises ValueError, naming what differs, unless the pipeline would go on with the run that was begun."""
+        found = fingerprint(pipe)
+        differing = [name for name in found if self.made_by.get(name) != found[name]]
+        if other_versions:
+            differing = [name for name in differing if name != "versions"]
+        if differing:
+            pairs = "; ".join(f"{name}: {self.made_by.get(name)} then, {found[name]} now" for name in differing)
+            raise ValueError(f"The checkpoint is of another pipeline ({pairs}); refine with the one that made it.")
+        if self.sigmas != sigmas.tolist():
+            raise ValueError(
+                f"The checkpoint's run has the sigmas {self.sigmas[:3]} ..., the pipeline now makes "
+                f"{sigmas[:3].tolist()} ...; give it the scheduler that it had."
+            )
+
+
+def fingerprint(pipe: DiffusionPipeline) -> dict:
+    """What decides how a run goes on, in plain JSON values."""
+    config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    scheduler = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    if isinstance(pipe.scheduler, ConsistencySolverScheduler) and pipe.scheduler.policy is not None:
+        scheduler.update(tensors_digest(pipe.scheduler.policy.state_dict()).encode())
+    return {
+        "pipeline": type(pipe).__name__,
+        "weights": weights_digest(pipe),
+        "adapters": _adapters(pipe),
+        "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
+        "scheduler": f"{type(pipe.scheduler).__name__} {scheduler.hexdigest()[:16]}",
+        "versions": {name: version(name) for name in ("torch", "diffusers")},
+    }
+
+
+def history_names(scheduler: SchedulerMixin) -> tuple[str, ...]:
+    """The attributes in which a solver remembers. Raises ValueError where that is not known here."""
+    names = next((HISTORY[kind.__name__] for kind in type(scheduler).__mro__ if kind.__name__ in HISTORY), None)
+    if names is None:
+        raise ValueError(f"{type(scheduler).__name__} cannot be left and resumed; use one of {', '.join(HISTORY)}.")
+    return names
+
+
+def solver_history(scheduler: SchedulerMixin) -> dict:
+    """What a solver that has made a step remembers: attribute → value."""
+    return {name: getattr(scheduler, name) for name in history_names(scheduler)}
+
+
+def row_of_history(history: Mapping, row: int) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the rest of `solver_history` that belong to one picture of a batch."""
+    tensors, numbers = {}, {}
+    for name, value in history.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value[row : row + 1]
+        elif isinstance(value, list):
+            numbers[name] = [None if isinstance(item, Tensor) and item.ndim else _plain(item) for item in value]
+            items = {f"{name}.{i}": x[row : row + 1] for i, x in enumerate(value) if isinstance(x, Tensor) and x.ndim}
+            tensors |= items
+        else:
+            numbers[name] = _plain(value)
+    return tensors, numbers
+
+
+def restore(scheduler: SchedulerMixin, checkpoints: list[Checkpoint], device: torch.device) -> None:
+    """Gives a solver, whose grid is set, the history of the checkpoints, one a picture, and the place in the grid."""
+    first = checkpoints[0]
+    values = {name: list(value) if isinstance(value, list) else value for name, value in first.numbers.items()}
+    for name in first.history:
+        rows = torch.cat([checkpoint.history[name] for checkpoint in checkpoints]).to(device)
+        attribute, _, position = name.partition(".")
+        if position:
+            values[attribute][int(position)] = rows
+        else:
+            values[attribute] = rows
+    for name, value in values.items():
+        setattr(scheduler, name, value)
+    scheduler._step_index = first.next_step
+    if isinstance(scheduler, ConsistencySolverScheduler):
+        scheduler._steps = scheduler._step_coefficients(0, first.latents)
+
+
+def _plain(value):
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _adapters(pipe: DiffusionPipeline) -> dict:
+    """LoRA adapters and their scales; the digest of the weights knows them, but not how strong they are."""
+    scales: dict = {}
+    for module in denoiser(pipe).modules():
+        for name in getattr(module, "active_adapters", ()) if hasattr(module, "scaling") else ():
+            if name in module.scaling:
+                scales[name] = float(module.scaling[name])
+    return scales

@@ -1,0 +1,126 @@
+"""What a preview will do and cost, without loading any weights.
+
+    explain("flux", 1024, 1024)
+
+    {"phases": [{"name", "size": [height, width], "steps", "network_calls", "sigmas"}, ...],
+     "tflops": {"preview", "refine", "full", "ratio"}}
+
+The last phase is the refinement. FLOPs are the denoiser's, attention and both branches of guidance counted; `ratio` is
+full over preview.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+
+from solver.samplers.cost import NETWORKS, Network, image_tokens, run_flops
+from solver.samplers.preview.options import Phase, PreviewOptions, plan
+
+
+def shifted(steps: int, tokens: int, last: float | None = None, **config) -> Tensor:
+    """The grid of pipelines that pass the sigmas 1 .. 1/steps, and a shift for the number of tokens."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    bounds = [config.get(name, default) for name, default in (("max_image_seq_len", 4096), ("max_shift", 1.15))]
+    mu = calculate_shift(tokens, max_seq_len=bounds[0], max_shift=bounds[1])
+    shift = {"mu": mu} if scheduler.config.use_dynamic_shifting else {}
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), **shift)
+    return scheduler.sigmas
+
+
+def own_grid(steps: int, tokens: int, shift: float) -> Tensor:
+    """The grid of SD3, which leaves it to the scheduler."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas
+
+
+def unipc_grid(steps: int, tokens: int, shift: float) -> Tensor:
+    """The grid of Wan's UniPC."""
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas
+
+
+class Family(NamedTuple):
+    """A published model: key of `cost.NETWORKS`, grid, and the size and frames of its own pipeline."""
+
+    network: str
+    grid: Callable[..., Tensor]
+    settings: dict
+    size: tuple[int, int] = (1024, 1024)
+    frames: int = 1
+
+
+QWEN_SHIFT = {"use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+FAMILIES = {
+    "flux": Family("flux-dev", shifted, {"use_dynamic_shifting": True}),
+    "sd3": Family("sd3-medium", own_grid, {"shift": 3.0}),
+    "sd3.5-medium": Family("sd3.5-medium", own_grid, {"shift": 3.0}),
+    "sd3.5-large": Family("sd3.5-large", own_grid, {"shift": 3.0}),
+    "qwen-image": Family("qwen-image", shifted, QWEN_SHIFT),
+    "wan": Family("wan2.1-14b", unipc_grid, {"shift": 5.0}, (720, 1280), 81),
+    "wan-1.3b": Family("wan2.1-1.3b", unipc_grid, {"shift": 3.0}, (480, 832), 81),
+    "hunyuan-video": Family("hunyuan-video", shifted, {"shift": 7.0}, (720, 1280), 129),
+}
+
+
+def explain(
+    family: str,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    options: PreviewOptions | None = None,
+) -> dict:
+    """The phases of a preview and of its refinement, and their FLOPs.
+
+    Args:
+        family: a key of `FAMILIES`.
+        height, width: of the full-size picture, in pixels; the published pipeline's own where they are None.
+        num_frames: of a video; likewise.
+        options: the paper's setting by default.
+
+    Raises:
+        ValueError: there is no such family, or the size does not shrink into whole tokens.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family {family!r}: expected one of {', '.join(FAMILIES)}.")
+    options, known = options or PreviewOptions(), FAMILIES[family]
+    network = NETWORKS[known.network]
+    height, width, frames = height or known.size[0], width or known.size[1], num_frames or known.frames
+    multiple = network.pixels * options.scale
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"height={height}, width={width}: a preview of 1/{options.scale} the size needs multiples of {multiple}."
+        )
+    sizes = ((height, width), (height // options.scale, width // options.scale))
+    tokens = [image_tokens(network, *size, frames) for size in sizes]
+    full, native = (known.grid(options.num_inference_steps, n, **known.settings) for n in tokens)
+    phases = plan(options, height, width, full, native)
+    costs = [cost(phase, network, frames) for phase in phases]
+    whole = run_flops(network, [(tokens[0], options.num_inference_steps)]) / 1e12
+    preview = math.fsum(costs[:-1])
+    tflops = {"preview": preview, "refine": costs[-1], "full": whole, "ratio": whole / preview}
+    return {"phases": [{**phase._asdict(), "size": list(phase.size)} for phase in phases], "tflops": tflops}
+
+
+def cost(phase: Phase, network: Network, frames: int = 1) -> float:
+    """TFLOPs of a phase."""
+    return run_flops(network, [(image_tokens(network, *phase.size, frames), phase.network_calls)]) / 1e12
+
+
+def as_table(report: dict) -> str:
+    """The report of `explain` for people."""
+    lines = [f"{'phase':<16}{'size':>12}{'steps':>7}{'calls':>7}   sigmas"]
+    for phase in report["phases"]:
+        size, sigmas = "x".join(map(str, phase["size"])), phase["sigmas"]
+        ends = f"{sigmas[0]:.3f}" if len(sigmas) == 1 else f"{sigmas[0]:.3f} - {sigmas[-1]:.3f}"
+        lines.append(f"{phase['name']:<16}{size:>12}{phase['steps']:>7}{phase['network_calls']:>7}   {ends}")
+    tflops = report["tflops"]
+    lines.append(f"TFLOPs: preview {tflops['preview']:.0f}, refine {tflops['refine']:.0f}, full {tflops['full']:.0f}")
+    lines.append(f"the preview costs 1/{tflops['ratio']:.2f} of the full picture")
+    return "\n".join(lines)
