@@ -3,6 +3,8 @@
     python sample.py solver --model zoo/mini-sd --solver runs/mini_sd/best --steps 5 \
         --prompt "a small red ring above a blue cube" --seed 7 --output preview.png
     python sample.py refine --preview preview.png --output full.png
+    python sample.py preview --model zoo/mini-flux --candidates 8 --prompt "a red ring" --seed 7 --output previews
+    python sample.py refine --preview previews --pick 3 --output full.png
 
 `python sample.py COMMAND --help` says more.
 """
@@ -15,7 +17,9 @@ from pathlib import Path
 # command -> module with add_arguments(parser) and run(given), see evaluation/commands/__init__.py
 COMMANDS = {
     "solver": "evaluation.commands.solver",
+    "preview": "evaluation.commands.preview",
     "refine": "evaluation.commands.refine",
+    "ralu": "evaluation.commands.ralu",
     "hiflow": "evaluation.commands.hiflow",
 }
 

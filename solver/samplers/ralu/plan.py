@@ -1,0 +1,125 @@
+"""What a RALU run will do and cost, known before any weights are loaded.
+
+schedule = as_schedule("4x")
+plan(NETWORKS["flux-dev"], schedule, 1024, 1024, plain_steps=50)["tflops"]["ratio"]
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+from solver.samplers.cost import Network, decoding_flops, image_tokens, run_flops
+from solver.samplers.ralu.edges import number_of_fine
+from solver.samplers.ralu.schedule import PRESETS, Schedule, at_bound, solve
+
+
+def as_schedule(
+    preset: str | Schedule | None = "4x",
+    steps: Sequence[int] | None = None,
+    ends: Sequence[float] | None = None,
+    ratio: float | None = None,
+    shift: float | None = None,
+) -> Schedule:
+    """The schedule that is meant: a preset as published, or one that NT-matching solves.
+
+    Args:
+        preset: a name of `PRESETS`, or a schedule.
+        steps, ends: of a schedule of one's own, instead of the preset's.
+        ratio: instead of the preset's; 0.3 for a schedule of one's own.
+        shift: of the plain run. A preset is solved anew for it; without it, presets are as published, and schedules of
+            one's own are solved for 3.
+
+    Raises:
+        ValueError: there is no such preset, `ends` without `steps` or the reverse, or numbers that make no schedule.
+    """
+    if (steps is None) != (ends is None):
+        raise ValueError(f"steps={steps}, ends={ends}: a schedule of one's own needs both.")
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}.")
+    known = PRESETS[preset] if isinstance(preset, str) else preset
+    if steps is None and shift is None:
+        return known if ratio is None else replace(known, ratio=ratio)
+    if steps is None:
+        steps, ends, ratio = known.steps, known.ends, known.ratio if ratio is None else ratio
+    schedule = solve(steps, ends, 0.3 if ratio is None else ratio, 3.0 if shift is None else shift)
+    if bound := at_bound(schedule):
+        warnings.warn(f"NT-matching left {', '.join(bound)} on its bound: {schedule}.", stacklevel=2)
+    return schedule
+
+
+def stage_tokens(schedule: Schedule, tokens: int) -> tuple[int, int, int]:
+    """Image tokens of each stage, of a picture that has `tokens` at full size."""
+    small = tokens // 4
+    return small, small + 3 * number_of_fine(schedule.ratio, small), tokens
+
+
+def plan(
+    network: Network,
+    schedule: Schedule,
+    height: int,
+    width: int,
+    plain_steps: int,
+    text_tokens: int | None = None,
+    attention: bool = True,
+    reference_tokens: int = 0,
+) -> dict:
+    """Stages, NT-matching and TFLOPs of one picture: text encoders, denoiser, decoders of the small and the full one.
+
+    Encoders and decoders that `network` does not know count nothing, in either run.
+
+    Args:
+        network: what an evaluation costs.
+        schedule: of the run.
+        height, width: in pixels.
+        plain_steps: of the run that it is compared with.
+        text_tokens: the network's usual number where it is None.
+        attention: whether attention is counted; publications often leave it out.
+        reference_tokens: of a picture to edit, which run along in every stage.
+
+    Raises:
+        ValueError: the size does not divide by twice a token.
+    """
+    if height % (2 * network.pixels) or width % (2 * network.pixels):
+        raise ValueError(f"height={height}, width={width}: expected multiples of {2 * network.pixels} pixels.")
+    if plain_steps < 1:
+        raise ValueError(f"plain_steps={plain_steps}: expected at least 1.")
+    full = image_tokens(network, height, width)
+    tokens = stage_tokens(schedule, full)
+
+    def tflops(evaluations, *decoded) -> float:
+        with_reference = [(n + reference_tokens, steps) for n, steps in evaluations]
+        denoiser = run_flops(network, with_reference, text_tokens, attention)
+        pictures = sum(decoding_flops(network, *size, attention) for size in decoded)
+        return (network.text_encoding + denoiser + pictures) / 1e12
+
+    small_size, full_size = (height // 2, width // 2), (height, width)
+    total = tflops(list(zip(tokens, schedule.steps, strict=True)), small_size, full_size)
+    plain = tflops([(full, plain_steps)], full_size)
+    return {
+        "stages": [
+            {"tokens": n, "steps": steps, "sigmas": sigmas}
+            for n, steps, sigmas in zip(tokens, schedule.steps, schedule.stage_sigmas(), strict=True)
+        ],
+        "nt_matching": {
+            "h": list(schedule.shifts),
+            "Z": schedule.Z,
+            "c": schedule.c,
+            "js_distance": schedule.js_distance,
+        },
+        "tflops": {"total": total, "plain": plain, "ratio": plain / total, "attention_counted": attention},
+    }
+
+
+def as_table(planned: dict) -> str:
+    """A plan for people."""
+    rows = ["stage  tokens  steps  sigmas"]
+    for number, stage in enumerate(planned["stages"], 1):
+        sigmas = " ".join(f"{sigma:.4f}" for sigma in stage["sigmas"])
+        rows.append(f"{number:5d}  {stage['tokens']:6d}  {stage['steps']:5d}  {sigmas}")
+    match, cost = planned["nt_matching"], planned["tflops"]
+    shifts = ", ".join(f"{h:.3f}" for h in match["h"])
+    rows.append(f"NT-matching: h = {shifts}; Z = {match['Z']:.3f}, c = {match['c']:.4f}")
+    rows.append(f"             Jensen-Shannon distance {match['js_distance']:.4f}")
+    counted = "with" if cost["attention_counted"] else "without"
+    rows.append(f"TFLOPs {counted} attention: {cost['total']:.1f}, plain {cost['plain']:.1f}: {cost['ratio']:.2f}x")
+    return "\n".join(rows)

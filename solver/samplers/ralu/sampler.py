@@ -1,0 +1,349 @@
+"""RALU on a stock pipeline: a small picture, then its edges at full resolution, then all of it.
+
+    result = ralu(pipe, "a lighthouse at dusk", seed=7, preset="4x")
+    result = ralu(pipe, prompts, seeds, steps=(5, 6, 7), ends=(0.3, 0.45, 1.0), ratio=0.3)  # NT-matching for its shift
+    result = ralu(pipe, prompt, 7, preset="5x", cache=TaylorSeerCacheConfig(cache_interval=3))
+
+Each stage is a call of the pipeline as it is (`solver.samplers.cascade`); in the second one hooks on its transformer
+mix large and small tokens. LoRA, quantised and offloaded models, feature caches, `torch.compile` and any solver that
+the cascade can set to given sigmas work as they do without. Whatever is random comes from each picture's seed.
+
+Source: arXiv 2507.08422. `Choices()` is what we think right, `PUBLISHED` what the public code does.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    SchedulerMixin,
+    StableDiffusion3Pipeline,
+    TaylorSeerCacheConfig,
+)
+from torch import Tensor
+
+from solver.samplers.cascade import Segment, fresh_copy, number_of_pictures, require_flow, run_segment
+from solver.samplers.latents import decode, default_size, denoiser, latent_shape, patch_size, vae_factor
+from solver.samplers.ralu.edges import canny_scores, select, sobel_scores
+from solver.samplers.ralu.mixed_resolution import mixed_resolution, require_mixable
+from solver.samplers.ralu.noise import enlarge, injected_noise, on_grid, reduce, white_noise
+from solver.samplers.ralu.plan import as_schedule
+from solver.samplers.ralu.schedule import Schedule, restart, scheduler_shift
+
+EDGES = ("canny", "sobel", "random")
+# Arguments of a pipeline's call that are said in another way here.
+OURS = (
+    *("prompt", "latents", "height", "width", "num_inference_steps", "sigmas", "timesteps", "generator"),
+    *("num_images_per_prompt", "output_type", "return_dict", "max_area"),
+)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Where the public code, the paper and we differ.
+
+    Attributes:
+        edges: which cells are fine early: those with Canny "edges of the decoded picture" ("canny"), with gradients in
+            latent space ("sobel"), or any ("random").
+        luma: "full", or "clipped", which is blind to edges in the dark half.
+        copy: how latents are copied: "pixel" (nearest neighbour) or "token" (whole patches, which tiles).
+        anchor: where a coarse token sits: in the "centre" of its cell, or on its top left "corner".
+        units: what positions count: tokens of the "small" picture, or of the "full" one.
+        scaled_noise: whether the noise of untouched tokens has variance 1 - c instead of 1.
+        lift: start stages from the predicted picture and new noise instead of copies and correlated noise.
+    """
+
+    edges: str = "canny"
+    luma: str = "full"
+    copy: str = "pixel"
+    anchor: str = "centre"
+    units: str = "small"
+    scaled_noise: bool = True
+    lift: bool = False
+
+    def __post_init__(self):
+        if self.edges not in EDGES:
+            raise ValueError(f"edges={self.edges!r}: expected one of {', '.join(EDGES)}.")
+
+
+PUBLISHED = Choices(luma="clipped", copy="token", anchor="corner", scaled_noise=False)
+
+
+class RaluResult(NamedTuple):
+    """What a run leaves.
+
+    Attributes:
+        images_BCHW: float32 in [0, 1]. NaN stays NaN.
+        latents_BCHW: float32, unpacked.
+        fine_Bhw: which cells had the full resolution in the second stage.
+        schedule: that was run.
+    """
+
+    images_BCHW: Tensor
+    latents_BCHW: Tensor
+    fine_Bhw: Tensor
+    schedule: Schedule
+
+
+@torch.no_grad()
+def ralu(
+    pipe: DiffusionPipeline,
+    prompt: str | Sequence[str] | None,
+    seed: int | Sequence[int],
+    preset: str | Schedule = "4x",
+    height: int | None = None,
+    width: int | None = None,
+    steps: Sequence[int] | None = None,
+    ends: Sequence[float] | None = None,
+    ratio: float | None = None,
+    shift: float | str | None = None,
+    choices: Choices = Choices(),
+    scheduler: SchedulerMixin | None = None,
+    cache=None,
+    call: dict | None = None,
+) -> RaluResult:
+    """Pictures in three stages, from one prompt and one seed, or from a batch of both.
+
+    Args:
+        pipe: a stock pipeline on FLUX.1 (dev, schnell, Kontext), SD3, SD3.5 or Qwen-Image. Afterwards it is as it was.
+        prompt: one, or B. None where `call` has embeddings.
+        seed: one a picture; the same picture whatever else is in the batch.
+        preset: a name of `schedule.PRESETS`, or a `Schedule`.
+        height, width: in pixels, multiples of 32 for the published models; the pipeline's own where they are None.
+        steps, ends: of a schedule of one's own, solved for the scheduler's real shift.
+        ratio: share of cells that are fine early; the preset's where it is None.
+        shift: solve the preset for this shift of the plain run, or for the scheduler's ("own"); as published if None.
+        choices: see `Choices`.
+        scheduler: the solver within each stage, e.g. a learned one; the pipeline's own if None. Stages begin without
+            history.
+        cache: configuration of a feature cache of diffusers, switched on for each stage afresh. With TaylorSeer the
+            last step of the first stage, whose prediction says where edges are, is evaluated in full.
+        call: further arguments of the pipeline: guidance, a negative prompt, embeddings, a picture to edit.
+
+    Raises:
+        ValueError: anything that does not fit together, said before the first step: the family, sizes, stages, numbers
+            of prompts and seeds, a cache that is on already, arguments in `call` that are said otherwise here.
+    """
+    run = prepare(pipe, prompt, seed, height, width, call)
+    if shift == "own" or (steps is not None and shift is None):
+        shift = scheduler_shift(pipe.scheduler, run.tokens)
+    schedule = as_schedule(preset, steps, ends, ratio, shift)
+    sigmas = schedule.stage_sigmas()
+
+    small, x0 = run.stage(
+        white_noise(run.generators, run.shape)[..., ::2, ::2],
+        sigmas[0],
+        scheduler,
+        _full_at_last(cache, schedule.steps[0]),
+    )
+    fine = fine_cells(run, x0, schedule.ratio, choices)
+
+    x = _noised_again(run, enlarge(small, choices.copy), enlarge(x0, choices.copy), schedule, 0, fine, ~fine, choices)
+    rows = [run.row(i).mixed_stage(x[i : i + 1], sigmas[1], fine[i], choices, scheduler, cache) for i in range(len(x))]
+    x, x0 = (torch.cat(parts) for parts in zip(*rows, strict=True))
+
+    x = _noised_again(run, x, x0, schedule, 1, ~fine, torch.zeros_like(fine), choices)
+    x, _ = run.stage(x, sigmas[2], scheduler, cache)
+    return RaluResult(decode(pipe, x), x, fine, schedule)
+
+
+@dataclass
+class Run:
+    """What the stages share: the pipeline, its call with the prompts encoded, the pictures' size and their seeds."""
+
+    pipe: DiffusionPipeline
+    call: dict
+    height: int
+    width: int
+    generators: list[torch.Generator]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the full latents."""
+        return latent_shape(self.pipe, self.height, self.width)
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens at full size."""
+        return self.shape[1] * self.shape[2] // patch_size(self.pipe) ** 2
+
+    def row(self, i: int) -> "Run":
+        """The i-th picture alone."""
+        return replace(self, call=_row_of(self.call, i, len(self.generators)), generators=self.generators[i : i + 1])
+
+    def stage(self, x_BCHW: Tensor, sigmas: Sequence[float], scheduler=None, cache=None) -> tuple[Tensor, Tensor]:
+        """One stage at the size of the latents: where it ends, and the picture predicted at its last step; float32."""
+        last = {}
+
+        def predict(sample, sigma, sigma_next, model_output):
+            last["x0"] = sample.float() - sigma * model_output.float()
+
+        factor = vae_factor(self.pipe)
+        size = (x_BCHW.shape[-2] * factor, x_BCHW.shape[-1] * factor)
+        solver = fresh_copy(self.pipe.scheduler if scheduler is None else scheduler)
+        with _cached(denoiser(self.pipe), cache):
+            x = run_segment(self.pipe, x_BCHW, Segment(sigmas, *size, on_step=predict), solver, **self.call)
+        return x.float(), last["x0"]
+
+    def mixed_stage(self, x_BCHW, sigmas, fine_hw, choices: Choices, scheduler=None, cache=None):
+        """The second stage of one picture."""
+        transformer = denoiser(self.pipe)
+        with mixed_resolution(transformer, fine_hw, choices.copy, choices.anchor, choices.units):
+            return self.stage(x_BCHW, sigmas, scheduler, cache)
+
+
+def prepare(pipe, prompt, seed, height=None, width=None, call: dict | None = None) -> Run:
+    """Checks a request, and encodes its prompts once for all stages.
+
+    Args and Raises: as in `ralu`.
+    """
+    transformer = denoiser(pipe)
+    require_mixable(transformer)
+    require_flow(pipe, pipe.scheduler)
+    if getattr(transformer, "is_cache_enabled", False):  # SD3's transformer knows no caches
+        raise ValueError(
+            "A feature cache is on from before; its features would meet other tokens. Call disable_cache(), and pass "
+            "its configuration as cache=."
+        )
+    if patch_size(pipe) != 2:
+        raise ValueError(f"Tokens of {patch_size(pipe)} x {patch_size(pipe)} latents: RALU is made for 2 x 2.")
+    height, width = height or default_size(pipe)[0], width or default_size(pipe)[1]
+    multiple = 2 * vae_factor(pipe) * patch_size(pipe)
+    if height % multiple or width % multiple:
+        raise ValueError(f"height={height}, width={width}: RALU needs multiples of {multiple}, twice a token.")
+    call, seeds = _picture_call(prompt, seed, dict(call or {}))
+    generators = [torch.Generator().manual_seed(int(one)) for one in seeds]
+    return Run(pipe, encoded(pipe, call), height, width, generators)
+
+
+def fine_cells(run: Run, x0_BChw: Tensor, ratio: float, choices: Choices) -> Tensor:
+    """Which cells get the full resolution early, from the small picture as predicted: boolean (B, h, w)."""
+    if choices.edges == "canny":
+        scores = canny_scores(decode(run.pipe, x0_BChw), choices.luma, patch_size(run.pipe) * vae_factor(run.pipe))
+    elif choices.edges == "sobel":
+        scores = sobel_scores(x0_BChw)
+    else:
+        cells = (x0_BChw.shape[-2] // 2, x0_BChw.shape[-1] // 2)
+        scores = torch.stack([torch.rand(cells, generator=generator) for generator in run.generators])
+    return select(scores.to(x0_BChw.device), ratio)
+
+
+def _noised_again(run: Run, x, x0, schedule: Schedule, k: int, copied, still_coarse, choices: Choices) -> Tensor:
+    """Between stages k and k+1: copies get the noise that takes them back to the next start."""
+    s, a, b = restart(schedule.ends[k], schedule.Z)
+    noise = white_noise(run.generators, run.shape).to(x.device)
+    if choices.lift:
+        coarse = enlarge(reduce(noise, choices.copy), choices.copy)
+        return s * x0 + (1 - s) * torch.where(on_grid(still_coarse), coarse, noise)
+    z = injected_noise(noise, copied, still_coarse, schedule.c, choices.copy, choices.scaled_noise)
+    return a * x + b * z
+
+
+def _picture_call(prompt, seed, call: dict) -> tuple[dict, list[int]]:
+    """The call with its prompts in it, a list, and one seed a picture."""
+    if ours := [name for name in OURS if name in call]:
+        raise ValueError(f"call has {', '.join(ours)}, which ralu() says itself: by prompt, seed, size and schedule.")
+    if prompt is not None:
+        call["prompt"] = [prompt] if isinstance(prompt, str) else list(prompt)
+    pictures = number_of_pictures(call)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    if len(seeds) != pictures or not pictures:
+        raise ValueError(f"{pictures} prompts and {len(seeds)} seeds: expected one seed a prompt, and at least one.")
+    return call, seeds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts, encoded once; rows of a batch; caches, once a stage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def encoded(pipe: DiffusionPipeline, call: dict) -> dict:
+    """The call with embeddings in place of prompts, so that three stages encode them once.
+
+    Of pipelines that are not known here, and where a LoRA's scale is in the call, it stays as it is.
+    """
+    if call.get("prompt") is None or "scale" in (call.get("joint_attention_kwargs") or {}):
+        return call
+    known = {FluxPipeline: _flux_embeds, FluxKontextPipeline: _flux_embeds, QwenImagePipeline: _qwen_embeds}
+    known[StableDiffusion3Pipeline] = _sd3_embeds
+    embed = next((function for family, function in known.items() if type(pipe) is family), None)
+    if embed is None:
+        return call
+    text = {name: call[name] for name in call if name.startswith(("prompt", "negative_prompt"))}
+    length = {name: call[name] for name in ("max_sequence_length",) if name in call}
+    rest = {name: value for name, value in call.items() if name not in text}
+    return rest | embed(pipe, call, text, length)
+
+
+def _flux_embeds(pipe, call, text, length) -> dict:
+    found = {}
+    for sign in ("", "negative_"):
+        if text.get(f"{sign}prompt") is not None:
+            prompts = _as_list(text[f"{sign}prompt"], call)
+            embeds, pooled, _ = pipe.encode_prompt(prompts, text.get(f"{sign}prompt_2"), **length)
+            found |= {f"{sign}prompt_embeds": embeds, f"{sign}pooled_prompt_embeds": pooled}
+    return found
+
+
+def _qwen_embeds(pipe, call, text, length) -> dict:
+    found = {}
+    for sign in ("", "negative_"):
+        if text.get(f"{sign}prompt") is not None:
+            embeds, mask = pipe.encode_prompt(_as_list(text[f"{sign}prompt"], call), **length)
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
+            found |= {f"{sign}prompt_embeds": embeds, f"{sign}prompt_embeds_mask": mask}
+    return found
+
+
+def _sd3_embeds(pipe, call, text, length) -> dict:
+    prompts = {"prompt_2": None, "prompt_3": None, **text}
+    guided = call.get("guidance_scale", 7.0) > 1  # the pipeline's own default
+    skipped = {name: call[name] for name in ("clip_skip",) if name in call}
+    names = [f"{sign}{kind}prompt_embeds" for kind in ("", "pooled_") for sign in ("", "negative_")]
+    embeds = pipe.encode_prompt(**prompts, do_classifier_free_guidance=guided, **skipped, **length)
+    return {name: value for name, value in zip(names, embeds, strict=True) if value is not None}
+
+
+def _as_list(prompts: str | Sequence[str], call: dict) -> list[str]:
+    return [prompts] * len(call["prompt"]) if isinstance(prompts, str) else list(prompts)
+
+
+def _row_of(call: dict, i: int, rows: int) -> dict:
+    """The arguments of one picture: a row of whatever has one a picture."""
+
+    def row(name, value):
+        batched = "prompt" in name or name == "image"
+        if batched and isinstance(value, Tensor | list | tuple) and len(value) == rows:
+            return value[i : i + 1]
+        return value
+
+    return {name: row(name, value) for name, value in call.items()}
+
+
+def _full_at_last(cache, steps: int):
+    """The configuration with which the last step of a stage is evaluated in full; of TaylorSeer, others cannot say."""
+    if not isinstance(cache, TaylorSeerCacheConfig):
+        return cache
+    after = cache.disable_cache_after_step
+    return replace(cache, disable_cache_after_step=steps - 1 if after is None else min(after, steps - 1))
+
+
+@contextmanager
+def _cached(transformer, cache) -> Iterator[None]:
+    """Inside, the cache is on, and empty at first."""
+    if cache is None:
+        yield
+        return
+    if not hasattr(transformer, "enable_cache"):
+        raise ValueError(f"{type(transformer).__name__} takes no feature cache in diffusers; leave cache= out.")
+    transformer.enable_cache(cache)
+    try:
+        yield
+    finally:
+        transformer.disable_cache()

@@ -1,0 +1,82 @@
+"""Plans and their cost against the published FLOPs, and the command that prints them."""
+
+import json
+
+import pytest
+
+import sample
+from solver.samplers.cost import NETWORKS
+from solver.samplers.ralu.plan import as_schedule, plan, stage_tokens
+from solver.samplers.ralu.schedule import PRESETS, PUBLISHED_SHIFT
+
+
+@pytest.mark.parametrize(
+    ("row", "family", "preset", "ratio", "plain_steps", "published"),
+    [
+        (426.01, "flux-dev", "7x", None, 50, 7.02),
+        (187.92, "flux-schnell", "turbo", None, 4, 252.88 / 187.92),
+        (181.09, "sd3-medium", "2x", None, 28, 1.94),
+        (116.61, "sd3-medium", "3x", None, 28, 3.02),
+    ],
+)
+def test_published_flops(row, family, preset, ratio, plain_steps, published):
+    """Without attention, as the tables were made."""
+    cost = plan(NETWORKS[family], as_schedule(preset, ratio=ratio), 1024, 1024, plain_steps, attention=False)["tflops"]
+    assert cost["total"] == pytest.approx(row, rel=1e-3)
+    assert cost["ratio"] == pytest.approx(published, rel=2e-3)
+
+
+def test_with_attention_counted():
+    """The presets are 4.34x, 5.30x and 7.31x of 50 steps with attention; the decoder's little one counts here too."""
+    for preset, ratio in (("4x", 4.34), ("5x", 5.30), ("7x", 7.31)):
+        planned = plan(NETWORKS["flux-dev"], PRESETS[preset], 1024, 1024, 50)
+        assert planned["tflops"]["ratio"] == pytest.approx(ratio, rel=3e-3)
+        assert planned["tflops"]["attention_counted"]
+
+
+def test_stages_of_other_sizes():
+    assert stage_tokens(PRESETS["4x"], 4096) == (1024, 1945, 4096)
+    assert stage_tokens(PRESETS["5x"], 4096)[1] == 1636 and stage_tokens(PRESETS["7x"], 4096)[1] == 1330
+    wide = plan(NETWORKS["qwen-image"], PRESETS["4x"], 768, 1344, 50)
+    assert [stage["tokens"] for stage in wide["stages"]] == [1008, 1008 + 3 * 302, 4032]
+    with pytest.raises(ValueError, match="height=1040"):
+        plan(NETWORKS["flux-dev"], PRESETS["4x"], 1040, 1024, 50)
+    edit = plan(NETWORKS["flux-dev"], PRESETS["4x"], 1024, 1024, 50, reference_tokens=4096)
+    assert edit["tflops"]["total"] > 2 * plan(NETWORKS["flux-dev"], PRESETS["4x"], 1024, 1024, 50)["tflops"]["total"]
+
+
+def test_schedules_that_are_meant():
+    assert as_schedule("5x") is PRESETS["5x"]
+    assert as_schedule("5x", ratio=0.25).ratio == 0.25
+    assert as_schedule("4x", shift=2.0).shift == 2.0
+    assert as_schedule(None, (5, 6, 7), (0.3, 0.45, 1.0)).shift == PUBLISHED_SHIFT
+    with pytest.raises(ValueError, match="preset='9x'"):
+        as_schedule("9x")
+    with pytest.raises(ValueError, match="needs both"):
+        as_schedule("4x", ends=(0.3, 0.45, 1.0))
+    with pytest.warns(UserWarning, match="h_1 on its bound"):
+        as_schedule("4x", shift=8.0)
+
+
+def command(line):
+    sample.main(["ralu", *line.split()])
+
+
+def test_command_explains(capsys):
+    """JSON with the promised keys, and a table; numbers of a schedule of one's own."""
+    command("--explain --family flux --width 1024 --height 1024 --preset 4x --json")
+    planned = json.loads(capsys.readouterr().out)
+    assert set(planned) == {"stages", "nt_matching", "tflops"}
+    assert [set(stage) for stage in planned["stages"]] == [{"tokens", "steps", "sigmas"}] * 3
+    assert set(planned["nt_matching"]) == {"h", "Z", "c", "js_distance"}
+    assert planned["nt_matching"]["c"] == pytest.approx(0.02506, abs=1e-5)
+    assert set(planned["tflops"]) == {"total", "plain", "ratio", "attention_counted"}
+    command("--explain --family flux --steps 5 6 7 --ends .3 .45 1 --ratio .3 --shift 3")
+    table = capsys.readouterr().out
+    assert "1945" in table and "4.33x" in table
+    with pytest.raises(ValueError, match="--family"):
+        sample.main(["ralu", "--explain"])
+    with pytest.raises(ValueError, match="three stages"):
+        command("--explain --family flux --steps 5 6 7 8 --ends .1 .3 .45 1")
+    with pytest.raises(ValueError, match="--output"):
+        sample.main(["ralu", "--model", "somewhere", "--prompt", "x", "--seed", "1"])

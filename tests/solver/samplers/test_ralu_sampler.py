@@ -1,0 +1,311 @@
+"""RALU on tiny pipelines of every family it covers: identities, exact fields, combinations, and bad input."""
+
+from types import MethodType
+
+import pytest
+import torch
+from diffusers import TaylorSeerCacheConfig
+from peft import LoraConfig
+from torch.utils.flop_counter import FlopCounterMode
+
+from solver import ConsistencySolverScheduler
+from solver.samplers.cost import network_of, run_flops
+from solver.samplers.latents import decode
+from solver.samplers.ralu.edges import canny_scores, select
+from solver.samplers.ralu.noise import siblings, white_noise
+from solver.samplers.ralu.plan import stage_tokens
+from solver.samplers.ralu.sampler import PUBLISHED, Choices, _full_at_last, encoded, prepare, ralu
+from solver.samplers.ralu.schedule import Schedule, scheduler_shift, solve
+from tests.tiny_pipelines import SIZE, WORDS, tiny_pipeline
+
+FAMILIES = ("flux", "flux-kontext", "sd3", "qwen-image")
+SHORT = Schedule((2, 2, 2), (0.3, 0.45, 1.0), 0.3, (5.0, 2.6, 2.2), 6.0)
+
+
+def tiny(family, batch_size=1):
+    """A pipeline, and what `ralu` takes as `call`."""
+    pipe, call = tiny_pipeline(family, batch_size)
+    said_otherwise = ("height", "width", "generator", "output_type", "max_area")
+    return pipe, {name: value for name, value in call.items() if name not in said_otherwise}
+
+
+def run(pipe, call, seed=7, schedule=SHORT, **changes):
+    return ralu(pipe, None, seed, schedule, SIZE, SIZE, call=call, **changes)
+
+
+def rows(call, keep):
+    return {
+        name: value[keep] if isinstance(value, torch.Tensor) and "prompt" in name else value
+        for name, value in call.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_seeds_and_batches(family):
+    """The same seed gives the same picture, alone or in a batch; other seeds give others."""
+    pipe, call = tiny(family, batch_size=2)
+    both = run(pipe, call, seed=[3, 4])
+    assert both.images_BCHW.shape == (2, 3, SIZE, SIZE) and both.latents_BCHW.isfinite().all()
+    for i in range(2):
+        alone = run(pipe, rows(call, slice(i, i + 1)), seed=3 + i)
+        assert torch.equal(alone.fine_Bhw[0], both.fine_Bhw[i])
+        assert (alone.latents_BCHW[0] - both.latents_BCHW[i]).abs().max() < 2e-5
+    again = run(pipe, call, seed=[3, 4])
+    assert torch.equal(again.latents_BCHW, both.latents_BCHW)
+    other = run(pipe, call, seed=[3, 5])
+    assert not torch.equal(other.latents_BCHW[1], both.latents_BCHW[1])
+    assert (both.fine_Bhw.flatten(1).sum(1) == 4).all()  # floor(0.3 · 16)
+
+
+def test_noise_between_stages_is_the_seeds_own():
+    """The initial noise is the plain run's; what is injected comes after it from the same generator."""
+    pipe, call = tiny("flux")
+    prepared = prepare(pipe, None, 7, SIZE, SIZE, call)
+    first, second = (white_noise(prepared.generators, prepared.shape) for _ in range(2))
+    assert torch.equal(first[0], torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(7)))
+    assert not torch.equal(first, second)
+
+
+def test_edges_are_those_of_the_predicted_picture():
+    """The first stage's last velocity taken to the end, decoded: its Canny cells are the mask."""
+    pipe, call = tiny("flux")
+    prepared = prepare(pipe, None, 7, SIZE, SIZE, call)
+    small = white_noise(prepared.generators, prepared.shape)[..., ::2, ::2]
+    sigmas = SHORT.stage_sigmas()[0]
+    x, x0 = prepared.stage(small, sigmas)
+    before, _ = prepared.stage(small, sigmas[:-1])
+    velocity = (x - before) / (sigmas[-1] - sigmas[-2])
+    assert torch.allclose(x0, x - sigmas[-1] * velocity, atol=1e-4)
+    assert torch.equal(run(pipe, call).fine_Bhw, select(canny_scores(decode(pipe, x0), "full", 4), 0.3))
+
+
+def gaussian_field(mean: float, std: float):
+    """FLUX's exact velocity for pictures whose 2 x 2 latents are equal, and N(mean, std²) otherwise independent.
+
+    At half size those are independent latents. A token of the full picture is one block: its latents are the mean of
+    one Gaussian. Which tokens are large says the fraction of their ids, 0.25 in the middle of a cell, or their number.
+    """
+
+    def forward(self, hidden_states, timestep, img_ids, **_):
+        x_BNC4 = hidden_states.unflatten(-1, (-1, 4))
+        sigma = timestep.view(-1, 1, 1, 1)
+        small = img_ids[:, 1].frac() == 0.25 if img_ids[:, 1].frac().any() else torch.tensor([len(img_ids) == 256])
+        block = x_BNC4.mean(-1, keepdim=True)  # of 4 equal latents the noise of the mean has a quarter of the variance
+        seen, noise = (torch.where(small[:, None, None], *pair) for pair in ((x_BNC4, block), (1.0, 0.25)))
+        gain = (1 - sigma) * std**2 / ((1 - sigma) ** 2 * std**2 + sigma**2 * noise)
+        x0 = mean + gain * (seen - (1 - sigma) * mean)
+        return (((x_BNC4 - x0) / sigma).flatten(2),)
+
+    return forward
+
+
+@pytest.mark.parametrize("Z", [2.0, 6.0])
+def test_gaussian_field_keeps_its_moments(Z):
+    """Exact velocities through all three stages end at the data's mean, variance and perfect correlation in blocks."""
+    pipe, call = tiny("flux")
+    pipe.transformer.forward = MethodType(gaussian_field(0.7, 0.5), pipe.transformer)
+    schedule = Schedule((40, 40, 80), (0.3, 0.45, 1.0), 0.3, (3.0, 2.0, 2.0), Z)
+    x = ralu(pipe, None, 1, schedule, 128, 128, call=call).latents_BCHW
+    assert x.shape == (1, 4, 64, 64)
+    assert x.mean().item() == pytest.approx(0.7, abs=0.015)
+    blocks = siblings(x, "pixel")
+    assert blocks.mean(-1).std().item() == pytest.approx(0.5, rel=0.03)
+    assert blocks.std(-1).mean().item() < 0.01
+    means = blocks.mean(-1)[0, :, :, :, 0].flatten(1) - 0.7  # one block a cell
+    correlation = torch.corrcoef(torch.stack([means[0], means[1]]))[0, 1]
+    assert abs(correlation) < 0.1
+
+
+def test_unscaled_noise_is_seen_in_the_field():
+    """At c = 1/4 the public code's noise on untouched tokens makes the outcome too wide, where it was untouched."""
+    spread = {}
+    for scaled in (True, False):
+        pipe, call = tiny("flux")
+        pipe.transformer.forward = MethodType(gaussian_field(0.0, 0.5), pipe.transformer)
+        schedule = Schedule((40, 40, 80), (0.3, 0.8, 1.0), 0.3, (3.0, 2.0, 2.0), 2.0)
+        result = ralu(pipe, None, 1, schedule, 128, 128, call=call, choices=Choices(scaled_noise=scaled))
+        spread[scaled] = siblings(result.latents_BCHW, "pixel").mean(-1).std().item()
+    assert spread[True] == pytest.approx(0.5, rel=0.03)
+    assert spread[False] > 1.05 * spread[True]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_of_a_run_are_the_plans(family):
+    """Counted in the transformer, all stages and branches, and the tokens that its blocks really see."""
+    pipe, call = tiny(family)
+    flops, seen = [], []
+    forward = pipe.transformer.forward
+
+    def counted(*args, **kwargs):
+        with FlopCounterMode(display=False) as counter:
+            output = forward(*args, **kwargs)
+        flops.append(counter.get_total_flops())
+        return output
+
+    pipe.transformer.forward = counted
+    pipe.transformer.norm_out.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
+    run(pipe, call)
+    tokens = stage_tokens(SHORT, 64)
+    reference = 64 if family == "flux-kontext" else 0  # the picture to edit runs along
+    branches = 2 if family in ("sd3", "qwen-image") else 1
+    calls = 2 if family == "qwen-image" else 1
+    assert seen == [n + reference for n in tokens for _ in range(2 * calls)]
+    assert tokens == (16, 28, 64)
+    network = network_of(pipe.transformer, pixels=4, text_tokens=WORDS)
+    planned = run_flops(network, [(n + reference, 2) for n in tokens], branches=branches)
+    assert sum(flops) == pytest.approx(planned, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        PUBLISHED,
+        Choices(edges="sobel"),
+        Choices(edges="random"),
+        Choices(lift=True),
+        Choices(units="full"),
+        Choices(anchor="corner"),
+        Choices(copy="token"),
+        Choices(scaled_noise=False),
+    ],
+)
+def test_choices_change_the_picture(choices):
+    pipe, call = tiny("flux")
+    ours, other = run(pipe, call), run(pipe, call, choices=choices)
+    assert other.latents_BCHW.isfinite().all()
+    assert not torch.equal(ours.latents_BCHW, other.latents_BCHW)
+
+
+def test_schedules():
+    """A preset as it is, or solved for a shift; one's own is solved for the shift that the scheduler really has."""
+    pipe, call = tiny("flux")
+    own = run(pipe, call, steps=(2, 2, 2), ends=(0.3, 0.45, 1.0)).schedule
+    shift = scheduler_shift(pipe.scheduler, 64)
+    assert own == solve((2, 2, 2), (0.3, 0.45, 1.0), 0.3, shift)
+    assert run(pipe, call, schedule="turbo", shift="own", ratio=0.2).schedule.shift == shift
+    assert run(pipe, call, schedule="turbo").schedule.Z == 2
+
+
+def test_order_one_of_the_learned_solver_is_euler():
+    """In every stage, on its own grid."""
+    pipe, call = tiny("flux")
+    solver = ConsistencySolverScheduler.from_scheduler(pipe.scheduler, order=1)
+    assert torch.equal(run(pipe, call).latents_BCHW, run(pipe, call, scheduler=solver).latents_BCHW)
+    second = ConsistencySolverScheduler.from_scheduler(pipe.scheduler, order=2)
+    longer = Schedule((4, 4, 4), (0.3, 0.45, 1.0), 0.3, (5.0, 2.6, 2.2), 6.0)
+    euler, other = (run(pipe, call, schedule=longer, scheduler=one).latents_BCHW for one in (solver, second))
+    assert not torch.equal(euler, other)
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen-image"])
+def test_taylorseer(family):
+    """A cache that never forecasts changes nothing; one that does starts afresh in each stage, and is then off."""
+    pipe, call = tiny(family)
+    plain = run(pipe, call).latents_BCHW
+    always = TaylorSeerCacheConfig(cache_interval=1, taylor_factors_dtype=torch.float32)
+    assert torch.equal(run(pipe, call, cache=always).latents_BCHW, plain)
+    computed = []
+    pipe.transformer.transformer_blocks[0].attn.to_q.register_forward_hook(lambda *_: computed.append(step[0]))
+    step = [-1]
+    pipe.transformer.register_forward_pre_hook(lambda *_: step.__setitem__(0, step[0] + 1))
+    long = Schedule((5, 4, 4), (0.3, 0.45, 1.0), 0.3, (5.0, 2.6, 2.2), 6.0)
+    sparse = TaylorSeerCacheConfig(cache_interval=9, disable_cache_before_step=2, taylor_factors_dtype=torch.float32)
+    cached = run(pipe, call, schedule=long, cache=sparse).latents_BCHW
+    calls = 2 if family == "qwen-image" else 1
+    steps = sorted({index // calls for index in computed})
+    # Two steps to warm up, the step after the first forecast (diffusers counts so), and in the first stage its last.
+    assert [index for index in steps if index < 5] == [0, 1, 3, 4]
+    assert (
+        [index - 5 for index in steps if 5 <= index < 9] == [index - 9 for index in steps if index >= 9] == [0, 1, 3]
+    )
+    assert not pipe.transformer.is_cache_enabled
+    assert torch.equal(run(pipe, call).latents_BCHW, plain)
+    assert cached.isfinite().all()
+    pipe, call = tiny("sd3")
+    with pytest.raises(ValueError, match="SD3Transformer2DModel takes no feature cache"):
+        run(pipe, call, cache=always)
+
+
+def test_last_step_of_the_first_stage_is_full():
+    assert _full_at_last(TaylorSeerCacheConfig(), 5).disable_cache_after_step == 4
+    assert _full_at_last(TaylorSeerCacheConfig(disable_cache_after_step=2), 5).disable_cache_after_step == 2
+    assert _full_at_last(None, 5) is None
+
+
+def test_lora():
+    """A LoRA that does nothing changes nothing; one that does counts in all stages."""
+    pipe, call = tiny("flux")
+    plain = run(pipe, call).latents_BCHW
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=True))
+    assert (run(pipe, call).latents_BCHW - plain).abs().max() < 1e-6
+    for name, parameter in pipe.transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    assert (run(pipe, call).latents_BCHW - plain).abs().max() > 1e-3
+
+
+def test_compiled_blocks():
+    """Blocks compiled one by one, whole graphs, static lengths: the same picture."""
+    pipe, call = tiny("flux")
+    plain = run(pipe, call).latents_BCHW
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True, dynamic=False)
+    assert (run(pipe, call).latents_BCHW - plain).abs().max() < 1e-5
+    torch._dynamo.reset()
+
+
+def test_true_cfg_of_flux():
+    """Both branches see the same mask: equal prompts on both sides are no guidance."""
+    pipe, call = tiny("flux")
+    same = {f"negative_{name}": call[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+    guided = run(pipe, {**call, **same, "true_cfg_scale": 3.0}).latents_BCHW
+    assert (guided - run(pipe, call).latents_BCHW).abs().max() < 1e-5
+    other = {name: -value for name, value in same.items()}
+    assert (run(pipe, {**call, **other, "true_cfg_scale": 3.0}).latents_BCHW - guided).abs().max() > 1e-3
+
+
+def test_other_shapes():
+    """Wide pictures, and sides that are odd numbers of cells."""
+    for family in FAMILIES:
+        pipe, call = tiny(family)
+        result = ralu(pipe, None, 7, SHORT, 24, 40, call=call)
+        assert result.images_BCHW.shape == (1, 3, 24, 40) and result.fine_Bhw.shape == (1, 3, 5)
+
+
+def test_embeddings_pass_through():
+    pipe, call = tiny("flux")
+    assert encoded(pipe, call) == call
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 28}, "height=28, width=32: RALU needs multiples of 8"),
+        ({"seed": [1, 2]}, "1 prompts and 2 seeds"),
+        ({"preset": "6x"}, "preset='6x': expected one of 4x"),
+        ({"preset": SHORT, "ratio": 1.0}, "ratio=1.0"),
+        ({"preset": SHORT, "ratio": 0.01}, "16 cells is none"),
+        ({"steps": (2, 2, 2)}, "needs both"),
+        ({"steps": (2, 2, 2, 2), "ends": (0.1, 0.2, 0.3, 1.0)}, "three stages"),
+    ],
+)
+def test_bad_input(change, message):
+    pipe, call = tiny("flux")
+    given = {"prompt": None, "seed": 7, "height": SIZE, "width": SIZE, "call": call, **change}
+    with pytest.raises(ValueError, match=message):
+        ralu(pipe, **given)
+
+
+def test_bad_pipelines():
+    for family, message in (("sd", "UNet2DConditionModel: it has no tokens"), ("wan", "WanTransformer3DModel")):
+        pipe, call = tiny(family)
+        with pytest.raises(ValueError, match=message):
+            ralu(pipe, None, 7, call=call)
+    pipe, call = tiny("flux")
+    with pytest.raises(ValueError, match="call has latents, generator"):
+        run(pipe, {**call, "latents": None, "generator": None})
+    with pytest.raises(ValueError, match="edges='laplace'"):
+        Choices(edges="laplace")
+    pipe.transformer.enable_cache(TaylorSeerCacheConfig())
+    with pytest.raises(ValueError, match="cache is on from before"):
+        run(pipe, call)
