@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
-from solver.samplers.cascade import Segment, run_segment, sigma_grid
+from solver.samplers.cascade import Segment, encoded_once, run_segment, set_grid, sigma_grid
 from solver.samplers.hiflow import model_patches
 from solver.samplers.hiflow.alignment import StageAlignment, Trajectory, enlarge, sharpen
 from solver.samplers.hiflow.memory import check_memory
@@ -118,11 +118,15 @@ def hiflow(
     if not ignore_memory:
         check_memory(pipe, stages, len(seeds))
 
-    kind = prediction_type(stage_solver(pipe, scheduler))
-    grid = _base_grid(pipe, recipe.steps, base, scheduler, call)
-    generators = [torch.Generator().manual_seed(one) for one in seeds]
-    run = _Run(pipe, recipe, kind, grid, base, scheduler, call, seeds)
+    with encoded_once(pipe):
+        run = _Run(pipe, recipe, base, scheduler, call, seeds)
+        return _cascade(run, stages, start)
 
+
+def _cascade(run: "_Run", stages: list[Stage], start: Tensor | None) -> HiFlowResult:
+    """All stages; from the second on where the first picture is given."""
+    pipe = run.pipe
+    generators = [torch.Generator().manual_seed(seed) for seed in run.seeds]
     images, walked, reference, latents = [], [], None, None
     if start is not None:
         images, stages = [start], stages[1:]
@@ -133,7 +137,7 @@ def hiflow(
         with tiled_where_needed(pipe, stage.height, stage.width):
             if images:
                 clean, reference = run.enlarged(stage, images[-1], reference)
-                sample = noised(clean, noise.to(clean.device), float(grid[stage.first]), kind)
+                sample = noised(clean, noise.to(clean.device), run.levels[stage.first], run.kind)
             else:
                 sample = noise
             latents, reference, sigmas = run.walk(stage, sample, reference)
@@ -143,17 +147,27 @@ def hiflow(
     return HiFlowResult(images, latents, stages, walked)
 
 
-class _Run(NamedTuple):
-    """What all stages share."""
+class _Run:
+    """What all stages share: what was given, and the noise levels.
 
-    pipe: DiffusionPipeline
-    recipe: Recipe
-    kind: str
-    grid: Tensor
-    base: tuple[int, int]
-    scheduler: SchedulerMixin | None
-    call: dict
-    seeds: list[int]
+    Attributes:
+        kind: what the model predicts.
+        grid: of a flow model's base run, before a learned solver moves it. No stage shifts it again for its own size:
+            at 4096² FLUX's shift would leave next to nothing but noise until the last step.
+        levels: the noise levels that the solver walks, (N+1,).
+    """
+
+    def __init__(self, pipe, recipe: Recipe, base: tuple[int, int], scheduler, call: dict, seeds: list[int]):
+        self.pipe, self.recipe, self.base, self.seeds = pipe, recipe, base, seeds
+        self.scheduler, self.call = scheduler, call
+        solver = stage_solver(pipe, scheduler)
+        self.kind, self.grid = prediction_type(solver), None
+        if self.kind == "flow":
+            self.grid = sigma_grid(pipe, recipe.steps, *base, scheduler=_plain(pipe), **self._call(*base))
+            set_grid(solver, self.grid)
+            self.levels = solver.sigmas.tolist()
+        else:
+            self.levels = diffusion_sigmas(solver, recipe.steps).tolist()
 
     def enlarged(self, stage: Stage, image: Tensor, reference: Trajectory | None) -> tuple[Tensor, Trajectory]:
         """The clean latents that the stage puts noise on, and what it follows."""
@@ -161,7 +175,7 @@ class _Run(NamedTuple):
         if reference is None:  # a given image: its latents are all that is known, at every noise level
             reference = Trajectory({0.0: encode(self.pipe, image)})
         if self.recipe.start == "prediction":
-            return enlarge(reference.at(float(self.grid[stage.first])), height, width), reference
+            return enlarge(reference.at(self.levels[stage.first]), height, width), reference
         return encode(self.pipe, sharpen(enlarge(image, stage.height, stage.width))), reference
 
     def walk(self, stage: Stage, sample: Tensor, reference: Trajectory | None):
@@ -182,27 +196,31 @@ class _Run(NamedTuple):
             return (sample, model_output_of(x, x0, s, kind)) if align.active else None
 
         solver = stage_solver(self.pipe, self.scheduler)
-        if kind == "flow":
-            segment = Segment(self.grid[stage.first :], stage.height, stage.width, on_step)
-        else:
-            solver.sigmas = diffusion_sigmas(
-                solver, stage.stop, self.pipe._execution_device
-            )  # DDIM has none of its own
-            segment = Segment(None, stage.height, stage.width, on_step, (stage.first, stage.stop, stage.stop))
+        if kind != "flow" and not hasattr(solver, "sigmas"):  # DDIM has none of its own
+            solver.sigmas = torch.tensor(self.levels)
+        piece = (stage.first, stage.stop, stage.stop)
+        segment = Segment(self.grid, stage.height, stage.width, on_step, piece)
         with _patches(self.pipe, stage, self.base, lambda: align.step % 2 == 0):
-            latents = run_segment(self.pipe, sample, segment, scheduler=solver, **self._call(stage))
+            latents = run_segment(
+                self.pipe,
+                sample,
+                segment,
+                scheduler=solver,
+                **self._call(stage.height, stage.width, stage.guidance_scale),
+            )
         return latents.float(), align.predictions, seen
 
-    def _call(self, stage: Stage) -> dict:
+    def _call(self, height: int, width: int, guidance_scale: float | None = None) -> dict:
         """The pipeline's arguments at this size."""
-        call = {**self.call, **_sized(self.pipe, stage.height, stage.width)}
-        if stage.guidance_scale is not None:
-            call["guidance_scale"] = stage.guidance_scale
+        call = dict(self.call)
+        if guidance_scale is not None:
+            call["guidance_scale"] = guidance_scale
+        # For what a pipeline draws by itself, such as the latents of a control image.
         call["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         if self.pipe.components.get("controlnet") is not None:
             for name in ("control_image", "image"):
                 if name in call:
-                    call[name] = _resized(call[name], stage.height, stage.width)
+                    call[name] = _resized(call[name], height, width)
         return call
 
 
@@ -229,19 +247,9 @@ def _patches(pipe: DiffusionPipeline, stage: Stage, base: tuple[int, int], is_sh
         yield
 
 
-def _base_grid(pipe, steps: int, base: tuple[int, int], scheduler, call: dict) -> Tensor:
-    """Noise levels of the base run, (N+1,). No stage shifts them again for its own size: at 4096² FLUX's shift would
-    leave next to nothing but noise until the last step."""
-    solver = stage_solver(pipe, scheduler)
-    if prediction_type(solver) != "flow":
-        return diffusion_sigmas(solver, steps)
-    own = {**call, **_sized(pipe, *base)}
-    return sigma_grid(pipe, steps, *base, scheduler=stage_solver(pipe), **own)
-
-
-def _sized(pipe: DiffusionPipeline, height: int, width: int) -> dict:
-    """Kontext renders the area that it is told, whatever the height and the width."""
-    return {"max_area": height * width} if "max_area" in inspect.signature(pipe.__call__).parameters else {}
+def _plain(pipe: DiffusionPipeline) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler that says which grid the pipeline asks for."""
+    return FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
 
 
 def _resized(control, height: int, width: int):

@@ -1,0 +1,428 @@
+"""HiFlow on stock pipelines of every family, against runs written out by hand."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    HeunDiscreteScheduler,
+    StableDiffusionControlNetPipeline,
+)
+from PIL import Image
+from tiny_pipelines import run, tiny_pipeline
+from torch import nn
+
+from solver import ConsistencySolverScheduler
+from solver.samplers.hiflow import PRESETS, hiflow, with_steps
+from solver.samplers.hiflow.alignment import enlarge, sharpen
+from solver.samplers.hiflow.lowpass import lowpass
+from solver.samplers.hiflow.noise import clean_image, model_output_of, noised, stage_solver
+from solver.samplers.hiflow.pixels import encode, tiled_where_needed
+from solver.samplers.latents import decode, latent_shape, pack, unpack
+
+N, K = 5, 3
+CODE = replace(with_steps(PRESETS["code"], N), stage_steps=(K,))
+PLAIN = replace(CODE, ntk_factor=(1.0,), proportional_attention=False, shifted_patches=False)
+IMAGE_FAMILIES = ("flux", "flux-kontext", "sd3", "sd", "sdxl", "qwen-image")
+OURS = ("height", "width", "generator", "output_type", "guidance_scale", "max_area")
+
+
+def prepared(family, batch_size=1):
+    pipe, call = tiny_pipeline(family, batch_size=batch_size)
+    return pipe, {name: value for name, value in call.items() if name not in OURS}
+
+
+def noise_of(pipe, seed, *sizes):
+    """The noises of a cascade: one generator a picture, size after size."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, *latent_shape(pipe, size, size), generator=generator) for size in sizes]
+
+
+# ---- the base, the start, the steps ----
+
+
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_the_base_picture_is_the_stock_one(family):
+    pipe, call = prepared(family)
+    result = hiflow(pipe, None, 3, (32, 64), CODE, guidance_scale=2.0, call=call)
+    (noise,) = noise_of(pipe, 3, 32)
+    _, stock = tiny_pipeline(family)
+    stock.update({"guidance_scale": 2.0, "latents": pack(pipe, noise)})
+    latents = run(pipe, stock, num_inference_steps=N)
+    expected = decode(pipe, unpack(pipe, latents, latent_shape(pipe, 32, 32)))
+    torch.testing.assert_close(result.images[0], expected, rtol=0, atol=1e-5)
+    assert [tuple(image.shape) for image in result.images] == [(1, 3, 32, 32), (1, 3, 64, 64)]
+
+
+def denoise_by_hand(pipe, call, x, sigmas, on_prediction, guidance):
+    """Euler on FLUX, the network called directly; yields the end and each raw prediction."""
+    height, width = x.shape[-2:]
+    ids = pipe._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32)
+    raw, previous = {}, None
+    for k, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+        v = pipe.transformer(
+            hidden_states=pack(pipe, x),
+            timestep=torch.tensor([sigma]),
+            guidance=torch.tensor([guidance]),
+            encoder_hidden_states=call["prompt_embeds"],
+            pooled_projections=call["pooled_prompt_embeds"],
+            txt_ids=torch.zeros(call["prompt_embeds"].shape[1], 3),
+            img_ids=ids,
+            return_dict=False,
+        )[0]
+        v = unpack(pipe, v, x.shape[1:])
+        raw[sigma] = x - sigma * v
+        v, previous = on_prediction(k, sigma, x, raw[sigma], previous)
+        x = x + (following - sigma) * v
+    return x, raw
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alignment", ["init", "full"])
+def test_a_stage_is_the_published_update_written_out(alignment):
+    """Steps 3 to 9 of the public code in velocities, on FLUX without the changes inside the transformer."""
+    pipe, call = prepared("flux")
+    result = hiflow(pipe, None, 5, (32, 64), PLAIN, guidance_scale=3.0, alignment=alignment, call=call)
+    base_noise, noise = noise_of(pipe, 5, 32, 64)
+    sigmas = result.sigmas[0]
+    assert result.sigmas[1] == sigmas[-K - 1 :]
+
+    def plain(k, sigma, x, prediction, previous):
+        return (x - prediction) / sigma, None
+
+    low, references = denoise_by_hand(pipe, call, base_noise, sigmas, plain, 3.0)
+    clean = encode(pipe, sharpen(enlarge(decode(pipe, low), 64, 64)))
+    x = sigmas[-K - 1] * noise + (1 - sigmas[-K - 1]) * clean
+
+    def aligned(k, sigma, x, prediction, previous):
+        R = F.interpolate(references[sigma], x.shape[-2:], mode="bicubic")
+        D = prediction + (K - k) / K * (lowpass(R, 0.2) - lowpass(prediction, 0.2))
+        v, w = (x - D) / sigma, (x - R) / sigma
+        if previous is not None:
+            v = v + 0.5 * (K - k) / K * (previous[0] + w - previous[1] - v)
+        return v, (v, w)
+
+    expected, _ = denoise_by_hand(pipe, call, x, sigmas[-K - 1 :], plain if alignment == "init" else aligned, 3.0)
+    torch.testing.assert_close(result.latents_BCHW, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_without_strength_a_unet_walks_the_plain_tail(prediction):
+    pipe, call = prepared("sd")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction)
+    recipe = replace(CODE, alpha=(0.0,), beta=(0.0,))
+    result = hiflow(pipe, None, 5, (32, 64), recipe, guidance_scale=2.0, call=call)
+    *_, noise = noise_of(pipe, 5, 32, 64)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(N)
+    tail = scheduler.timesteps[-K:]
+    x = scheduler.add_noise(encode(pipe, sharpen(enlarge(result.images[0], 64, 64))), noise, tail[:1])
+    embeds = torch.cat([call["negative_prompt_embeds"], call["prompt_embeds"]])
+    for t in tail:
+        without, with_prompt = pipe.unet(torch.cat([x, x]), t, encoder_hidden_states=embeds).sample.chunk(2)
+        x = scheduler.step(without + 2 * (with_prompt - without), t, x).prev_sample
+    torch.testing.assert_close(result.latents_BCHW, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction"])
+def test_noise_levels_there_and_back(kind):
+    x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    s = 0.7
+    alpha = 1 / (1 + s**2) ** 0.5
+    truth = {"flow": noise - x0, "epsilon": noise, "v_prediction": alpha * noise - s * alpha * x0}[kind]
+    x = noised(x0, noise, s, kind)
+    torch.testing.assert_close(clean_image(x, truth, s, kind), x0)
+    torch.testing.assert_close(model_output_of(x, x0, s, kind), truth)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "sd", "qwen-image"])
+def test_encoding_is_the_inverse_of_decoding_in_scale(family):
+    """With an autoencoder that passes values on, latents come back as they were."""
+    pipe, _ = prepared(family)
+    latents = torch.rand(1, *latent_shape(pipe, 32, 32))
+    vae = pipe.vae
+    vae.decode = lambda z, return_dict: (z[:, :3],)
+    images = decode(pipe, latents * 0.1)
+
+    class Encoded:
+        def __init__(self, x):
+            self.latent_dist = self
+            self.x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1))
+
+        def mode(self):
+            return self.x
+
+    vae.encode = Encoded
+    torch.testing.assert_close(encode(pipe, images)[:, :3], latents[:, :3] * 0.1)
+
+
+# ---- the same picture ----
+
+
+@pytest.mark.parametrize("family", ["flux", "sd"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_picture_depends_on_its_seed_and_prompt_alone(family, preset):
+    pipe, call = prepared(family, batch_size=2)
+    recipe = with_steps(PRESETS[preset], N)
+    both = hiflow(pipe, None, [7, 8], (32, 48, 64), recipe, guidance_scale=2.0, call=call)
+    second = {name: value[1:] if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    torch.manual_seed(123)
+    alone = hiflow(pipe, None, 8, (32, 48, 64), recipe, guidance_scale=2.0, call=second)
+    for small, large in zip(alone.images, both.images, strict=True):
+        torch.testing.assert_close(small, large[1:], rtol=1e-3, atol=1e-3)
+    other = hiflow(pipe, None, 9, (32, 48, 64), recipe, guidance_scale=2.0, call=second)
+    assert not torch.allclose(other.images[-1], alone.images[-1], atol=1e-2)
+
+
+def test_the_pipeline_is_as_it_was():
+    pipe, call = prepared("flux")
+    before = {name: id(part) for name, part in pipe.components.items()}
+    state = torch.random.get_rng_state()
+    hiflow(pipe, None, 1, (32, 64), replace(CODE, text_copies=True), call=call)
+    assert {name: id(part) for name, part in pipe.components.items()} == before
+    assert pipe.transformer.pos_embed.theta == 10000
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in pipe.transformer.modules())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert "encode_prompt" not in vars(pipe)
+
+
+def test_tiling_only_above_2048_and_only_inside():
+    pipe, _ = prepared("sd")
+    with tiled_where_needed(pipe, 2048, 2048):
+        assert not pipe.vae.use_tiling
+    with tiled_where_needed(pipe, 2064, 2048):
+        assert pipe.vae.use_tiling
+    assert not pipe.vae.use_tiling
+    pipe.vae.enable_tiling()
+    with tiled_where_needed(pipe, 4096, 4096):
+        pass
+    assert pipe.vae.use_tiling
+
+
+def test_every_switch_matters():
+    pipe, call = prepared("flux")
+    results = {
+        name: hiflow(pipe, None, 1, (32, 64), replace(CODE, **changes), alignment=alignment, call=call)
+        for name, alignment, changes in [
+            ("full", "full", {}),
+            ("none", "none", {}),
+            ("init", "init", {}),
+            ("direction", "init+direction", {}),
+            ("prediction", "full", {"start": "prediction"}),
+            ("eq10", "full", {"acceleration": "eq10"}),
+            ("fixed", "full", {"acceleration": "fixed-noise"}),
+            ("cutoff", "full", {"cutoff": (0.4,)}),
+            ("ntk", "full", {"ntk_factor": (1.0,)}),
+            ("attention", "full", {"proportional_attention": False}),
+            ("copies", "full", {"text_copies": True}),
+            ("shift", "full", {"shifted_patches": False}),
+        ]
+    }
+    latents = {name: result.latents_BCHW for name, result in results.items()}
+    names = list(latents)
+    same = [(a, b) for a in names for b in names if a < b and torch.equal(latents[a], latents[b])]
+    assert not same
+    assert len(results["none"].images) == 1 and len(results["none"].sigmas[0]) == N + 1
+
+
+# ---- a given image ----
+
+
+def test_a_given_image_is_enlarged():
+    pipe, call = prepared("sd")
+    pixels = (torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
+    picture = Image.fromarray(pixels)
+    result = hiflow(pipe, None, 1, (32, 64), CODE, image=picture, call=call)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    torch.testing.assert_close(result.images[0], tensor[None])
+    again = hiflow(pipe, None, 1, (32, 64), CODE, image=tensor, call=call)
+    assert torch.equal(again.images[1], result.images[1])
+    # Full strength over the whole band: the first step ends on the image's own latents, and so does every other.
+    recipe = replace(CODE, cutoff=(float("inf"),), beta=(0.0,), stage_steps=(1,))
+    exact = hiflow(pipe, None, 1, (32, 64), recipe, image=tensor, call=call)
+    end = stage_solver(pipe)
+    end.set_timesteps(N)
+    alpha = end.final_alpha_cumprod
+    expected = enlarge(encode(pipe, tensor[None]), 32, 32)
+    residual = exact.latents_BCHW - alpha.sqrt() * expected
+    assert residual.std() < 2 * (1 - alpha).sqrt()
+
+
+# ---- solvers, adapters, control, quantisation ----
+
+
+@pytest.mark.parametrize("family", ["flux", "sd"])
+def test_the_learned_solver_runs_the_stages(family):
+    """Untrained and of first order it is the stock one; with another table and a moved grid it is not."""
+    pipe, call = prepared(family)
+    stock = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    settings = {"order": 2, "guidance_scale": 2.5}
+    first_order = ConsistencySolverScheduler.from_scheduler(pipe.scheduler, base_rule="ddim", **settings)
+    result = hiflow(pipe, None, 1, (32, 64), CODE, scheduler=first_order, call=call)
+    torch.testing.assert_close(result.images[-1], stock.images[-1], rtol=1e-3, atol=1e-3)
+    trained = ConsistencySolverScheduler.from_scheduler(pipe.scheduler, **settings)
+    with torch.no_grad():
+        trained.policy.mlp[-1].bias.normal_(generator=torch.Generator().manual_seed(0))
+    result = hiflow(pipe, None, 1, (32, 64), CODE, scheduler=trained, call=call)
+    assert not torch.allclose(result.images[-1], stock.images[-1], atol=1e-3)
+    assert result.sigmas[1] == result.sigmas[0][-K - 1 :]
+
+
+def test_schedulers_of_many_kinds_give_way_to_ddim():
+    pipe, call = prepared("sd")
+    stock = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    leading = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    result = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    assert isinstance(pipe.scheduler, EulerDiscreteScheduler)
+    same_end = DDIMScheduler.from_config({**pipe.scheduler.config, **leading})
+    torch.testing.assert_close(
+        hiflow(pipe, None, 1, (32, 64), CODE, scheduler=same_end, call=call).images[-1], stock.images[-1]
+    )
+    assert result.images[-1].isfinite().all()
+    with pytest.raises(ValueError, match="HeunDiscreteScheduler"):
+        hiflow(pipe, None, 1, (32, 64), CODE, scheduler=HeunDiscreteScheduler(), call=call)
+
+
+def test_lora_in_all_stages():
+    peft = pytest.importorskip("peft")
+    pipe, call = prepared("flux")
+    plain = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config)
+    adapted = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    assert not torch.allclose(adapted.images[0], plain.images[0], atol=1e-3)
+    pipe.transformer.fuse_lora()
+    fused = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    torch.testing.assert_close(fused.images[-1], adapted.images[-1], rtol=1e-3, atol=1e-3)
+
+
+def sd_control():
+    pipe, call = prepared("sd")
+    torch.manual_seed(0)
+    network = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
+    parts = {**pipe.components, "controlnet": network}
+    return StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False), call, "image", "controlnet_cond"
+
+
+def flux_control():
+    pipe, call = prepared("flux")
+    torch.manual_seed(0)
+    network = FluxControlNetModel.from_transformer(
+        pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
+    )
+    parts = {
+        name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")
+    }
+    return FluxControlNetPipeline(**parts, controlnet=network), call, "control_image", "controlnet_cond"
+
+
+@pytest.mark.parametrize("make", [sd_control, flux_control])
+def test_control_images_follow_the_stages(make):
+    pipe, call, argument, condition = make()
+    pipe.set_progress_bar_config(disable=True)
+    for parameter in pipe.controlnet.parameters():  # those that join the networks begin at zero
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    shapes = []
+
+    def look(_, args, given):
+        shapes.append(tuple(given[condition].shape[1:]))
+
+    pipe.controlnet.register_forward_pre_hook(look, with_kwargs=True)
+    control = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    first = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: control})
+    if argument == "image":
+        assert set(shapes) == {(3, 32, 32), (3, 64, 64)}
+    else:  # packed latents; the shifted steps see one patch more a side, and so does the ControlNet
+        assert [shapes[0], shapes[N], shapes[N + 1]] == [(64, 16), (256, 16), (256, 16)]
+    other = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: 1 - control})
+    assert not torch.allclose(first.images[-1], other.images[-1], atol=1e-4)
+    picture = Image.fromarray((control[0].permute(1, 2, 0) * 255).byte().numpy())
+    result = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: picture})
+    assert result.images[-1].shape[-1] == 64
+
+
+class Int8Linear(nn.Module):
+    """Weight-only quantisation: eight bits and a scale a row."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("scale", linear.weight.abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("weight", (linear.weight / self.scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+@torch.no_grad()
+def test_an_int8_transformer_draws_nearly_the_same_picture():
+    pipe, call = prepared("flux")
+    exact = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    for block in [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]:
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, Int8Linear(child))
+    quantised = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    error = (quantised.images[-1] - exact.images[-1]).abs().mean()
+    assert 0 < error < 0.02
+    assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.int8
+
+
+def test_kontexts_condition_covers_the_large_picture_too():
+    pipe, call = prepared("flux-kontext")
+    seen = []
+    pipe.transformer.pos_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hiflow(pipe, None, 1, (32, 64), PLAIN, call=call)
+    base, large = seen[0], seen[-1]
+    condition = [ids[ids[:, 0] == 1] for ids in (base, large)]
+    assert condition[0][-1].tolist() == [1, 7, 7] and condition[1][-1].tolist() == [1, 14.5, 14.5]
+    assert condition[1][0].tolist() == [1, 0.5, 0.5]
+    assert len(large) - len(base) == 3 * 64
+
+
+# ---- what is refused ----
+
+
+def test_bad_input_is_refused_before_anything_runs():
+    pipe, call = prepared("sd")
+    pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network was evaluated"))
+    image = torch.rand(3, 32, 32)
+    cases = [
+        ("2 seeds", {"seed": [1, 2]}),
+        ("3 prompts, but 1 seeds", {"prompt": ["a", "b", "c"]}),
+        ("neither a prompt nor", {"call": {}}),
+        ("latents: hiflow says these itself", {"call": {**call, "latents": torch.zeros(1)}}),
+        ("true_cfg_scale, which StableDiffusionPipeline does not take", {"call": {**call, "true_cfg_scale": 2}}),
+        ("multiples of 2", {"sizes": (32, 63)}),
+        ("sizes begin with 48 x 48", {"sizes": (48, 64), "image": image}),
+        ("expected .3, H, W.", {"image": torch.rand(1, 32, 32)}),
+        ("values from", {"image": image * 255}),
+        ("takes no image", {"image": image, "alignment": "none"}),
+        ("preset='codes'", {"preset": "codes"}),
+        (r"needs about .* GiB on cpu.*enable_model_cpu_offload", {"sizes": (32, 2**17)}),
+    ]
+    for message, changes in cases:
+        given = {"prompt": None, "seed": 1, "sizes": (32, 64), "preset": CODE, "call": call, **changes}
+        with pytest.raises(ValueError, match=message):
+            hiflow(pipe, **given)
+
+
+def test_families_that_cannot():
+    with pytest.raises(ValueError, match="makes videos"):
+        pipe, call = prepared("wan")
+        hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    with pytest.raises(ValueError, match="positions for 384"):
+        pipe, call = prepared("sd3")
+        hiflow(pipe, None, 1, (32, 512), CODE, call=call)
