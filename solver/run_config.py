@@ -21,6 +21,9 @@ class SolverRunConfig:
 
     model: str = field(metadata={"help": "pipeline that rendered the dataset: hub id or local folder"})
     dataset: str = field(metadata={"help": "folder of a dataset, made by data.build"})
+    pipeline: str | None = field(
+        default=None, metadata={"help": "diffusers class; the model's own by default. Edits: FluxKontextPipeline"}
+    )
     eval_dataset: str | None = field(default=None, metadata={"help": "another one, held out"})
     num_eval_rows: int = field(default=64, metadata={"help": "without eval_dataset: last rows of dataset to hold out"})
     dtype: str = field(default="float32", metadata={"help": "of the pipeline, as at the build; the VAE is float32"})
@@ -55,7 +58,7 @@ def load_pipeline(config: SolverRunConfig) -> "DiffusionPipeline":
 
     from data.teacher import open_pipeline
 
-    return open_pipeline(config.model, getattr(torch, config.dtype))
+    return open_pipeline(config.model, getattr(torch, config.dtype), config.pipeline)
 
 
 def make_solver(config: SolverRunConfig, pipe: "DiffusionPipeline") -> "ConsistencySolverScheduler":

@@ -33,8 +33,9 @@ ABOUT = {
         "positions, a pooled CLIP text and a T5 encoder with a tokenizer of its own, dynamic shifting. From one set "
         "of weights: 128 × 128 px (256 tokens), 64 × 64 px (64 tokens), and edits in Kontext's way, the picture to "
         "edit as more tokens. Give it the size and `max_sequence_length=32`, its tokenizer's length, since the "
-        "pipelines' own defaults are those of the big model; it is guided by `true_cfg_scale` with an empty negative prompt. Trained "
-        "on the training split only; the six held-out pairs of shape and colour were never shown to it.",
+        "pipelines' own defaults are those of the big model; it is guided by `true_cfg_scale` with an empty negative "
+        "prompt. Trained on the training split only; the six held-out pairs of shape and colour were never shown "
+        "to it.",
         "FluxPipeline.from_pretrained('zoo/mini-flux')",
         "zoo/train_mini_flux.py",
     ),
