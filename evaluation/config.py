@@ -11,6 +11,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 KEPT_IMAGES = 8  # of a cell, for the contact sheet
 
 
+def read_mapping(given: Mapping | str, name: str) -> dict:
+    """An entry of a list of mappings, from the YAML file or as JSON from the command line."""
+    try:
+        return json.loads(given) if isinstance(given, str) else dict(given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {given!r} is no mapping: {error}.") from error
+
+
 @dataclass(frozen=True)
 class Columns:
     """Cells that are measured on the same prompts: the first ones of the config.
@@ -38,7 +46,7 @@ class Columns:
     @classmethod
     def read(cls, given: Mapping | str) -> "Columns":
         """From a mapping of the YAML file, or JSON of the command line."""
-        given = json.loads(given) if isinstance(given, str) else dict(given)
+        given = read_mapping(given, "columns")
         names = [knob.name for knob in fields(cls)]
         missing = {"guidance_scale", "steps", "num_prompts"} - given.keys()
         if missing or given.keys() - set(names):
@@ -136,7 +144,7 @@ class EvaluationConfig:
     trainer_state: str | None = field(default=None, metadata={"help": "trainer_state.json, for the reward curve"})
 
     def __post_init__(self):
-        self.extra = [json.loads(row) if isinstance(row, str) else dict(row) for row in self.extra]
+        self.extra = [read_mapping(row, "extra") for row in self.extra]
         if isinstance(self.scheduler_kwargs, str):
             self.scheduler_kwargs = json.loads(self.scheduler_kwargs)
         if self.scheduler_kwargs is None:

@@ -112,9 +112,8 @@ def log_budget(bench: Bench) -> None:
     config, sampler = bench.config, bench.sampler
     batch = bench.prompts[: config.batch_size]
     sampler.embeddings(batch)
-    own = type(bench.pipe.scheduler).from_config(bench.pipe.scheduler.config)
     start = time.perf_counter()
-    (images,) = sampler.render(own, batch, range(len(batch)), 1, config.guidance_scales[0])
+    (images,) = sampler.render(bench.targets.scheduler, batch, range(len(batch)), 1, config.guidance_scales[0])
     bench.targets.instruments.look(images, batch, len(batch))
     others = time.perf_counter() - start - sampler.seconds
     budget = plan(config, bench.rows)

@@ -28,7 +28,14 @@ import torch
 from torch import Tensor
 
 from data.shards import make_folder
-from solver.distillation import in_coordinates, open_run, recorded_steps, teacher_trajectories, timesteps_of
+from solver.distillation import (
+    open_run,
+    prediction_of,
+    recorded_steps,
+    state_of,
+    teacher_trajectories,
+    timesteps_of,
+)
 from solver.run_config import SolverRunConfig
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler, Grid, SolverTable
 
@@ -106,10 +113,9 @@ def _second_evaluations(
         prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
         with recorded_steps(scheduler, 1) as records:
             renderer.render(prompts, seeds, guidance_scale, table)
-        (start, first), (sample, second) = records[-2:]
-        s = table.sigmas.double()
-        y, _ = in_coordinates(scheduler, start, first, s[-3])
-        found.append((y, in_coordinates(scheduler, sample, second, s[-2])[1]))
+        (start, _), (middle, output) = records[-2:]
+        *_, at_start, at_middle, _ = table.sigmas
+        found.append((state_of(scheduler, start, at_start), prediction_of(scheduler, middle, output, at_middle)))
     return torch.stack([y for y, _ in found]).double(), torch.stack([f for _, f in found]).double()
 
 

@@ -96,15 +96,17 @@ def timesteps_of(scheduler: ConsistencySolverScheduler, s: Tensor) -> Tensor:
     return s * len(scheduler) if scheduler.is_flow else scheduler._timestep_of(s)
 
 
-def in_coordinates(
-    scheduler: ConsistencySolverScheduler, x: Tensor, output: Tensor, s: Tensor
-) -> tuple[Tensor, Tensor]:
-    """y and f of samples and what the network predicted for them at s, which broadcasts."""
-    if scheduler.is_flow:
-        return x, output
+def state_of(scheduler: ConsistencySolverScheduler, x: Tensor, s: Tensor) -> Tensor:
+    """y of a sample at the grid point s, which broadcasts."""
+    return x if scheduler.is_flow else x * torch.sqrt(1 + s**2)
+
+
+def prediction_of(scheduler: ConsistencySolverScheduler, x: Tensor, output: Tensor, s: Tensor) -> Tensor:
+    """f of what the network predicts for a sample at s."""
+    if scheduler.config.prediction_type != "v_prediction":
+        return output
     alpha = torch.rsqrt(1 + s**2)
-    f = alpha * output + s * alpha * x if scheduler.config.prediction_type == "v_prediction" else output
-    return x / alpha, f
+    return alpha * output + s * alpha * x
 
 
 @contextmanager
@@ -143,11 +145,10 @@ def teacher_trajectories(renderer, rows: Sequence[dict], guidance_scale: float, 
     with recorded_steps(scheduler, substeps) as records:
         sources = [row["source"] for row in rows] if "source" in rows[0] else None
         previews = renderer.render(prompts, seeds, guidance_scale, dense_table(scheduler, points, substeps), sources)
-    last = pack(renderer.pipe, previews.latents_BCHW).float()
-    x, outputs = torch.stack([sample for sample, _ in records]), torch.stack([output for _, output in records])
+    samples = [*(sample for sample, _ in records), pack(renderer.pipe, previews.latents_BCHW).float()]
+    x, outputs = torch.stack(samples), torch.stack([output for _, output in records])
     s = points.s.to(x).reshape(-1, *[1] * (x.ndim - 1))
-    y, f = in_coordinates(scheduler, x, outputs, s[:-1])
-    return torch.cat([y, in_coordinates(scheduler, last[None], last[None], s[-1:])[0]]), f
+    return state_of(scheduler, x, s), prediction_of(scheduler, x[:-1], outputs, s[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

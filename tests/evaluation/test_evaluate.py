@@ -249,6 +249,7 @@ def test_frechet_distance_to_other_pictures(models, tmp_path):
         ({"columns": [{**ONE_CELL[0], "ranked": 9}]}, "ranked=9: expected 0 to num_prompts=8"),
         ({"columns": ONE_CELL + ONE_CELL}, r"\[\(3.0, 3\)\] occur twice"),
         ({"columns": [{**ONE_CELL[0], "only": ["ddim", "heun"]}]}, "only=heun: expected some of the rows"),
+        ({"extra_json": "{name: x}"}, "extra: '{name: x}' is no mapping"),
         ({"main_metric": "clip"}, "main_metric=clip: expected some of the rewards"),
         ({"solvers": ["ddim", "heun"]}, "solver 'heun'"),
         ({"solvers": ["ddim", "ddim"]}, "ddim occur twice"),
@@ -265,8 +266,9 @@ def test_frechet_distance_to_other_pictures(models, tmp_path):
 def test_configs_that_do_not_fit(models, tmp_path, changes, message):
     if "extra" in changes and "solver" in changes["extra"][0]:
         changes = {"extra": [{**changes["extra"][0], "solver": str(models / "solver")}]}
+    given = ["--extra", changes.pop("extra_json")] if "extra_json" in changes else []
     with pytest.raises(ValueError, match=message):
-        main(arguments(models, tmp_path, **changes))
+        main([*arguments(models, tmp_path, **changes), *given])
 
 
 def test_a_solver_that_diverges_loses_its_row_and_stops_nothing(models, tmp_path):
