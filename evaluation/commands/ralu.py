@@ -12,7 +12,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from evaluation.commands import add_picture_arguments, picture_facts
+from evaluation.commands import picture_facts
 
 # --family: the network of the cost model, and the steps of its plain run
 PLAIN_STEPS = {
@@ -28,10 +28,15 @@ NETWORK = {"flux": "flux-dev", "sd3": "sd3-medium"}  # where the cost model has 
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_picture_arguments(parser)
-    for action in parser._actions:
-        if action.dest == "output":  # --explain writes nothing
-            action.required = False
+    parser.add_argument("--model", help="pipeline: hub id or local folder")
+    parser.add_argument("--prompt")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--guidance_scale", type=float, help="default 3")
+    parser.add_argument("--height", type=int, help="in pixels; the pipeline's own by default, 1024 with --explain")
+    parser.add_argument("--width", type=int, help="likewise")
+    parser.add_argument("--output", type=Path, help="PNG file to write")
+    parser.add_argument("--device", help="the GPU if there is one, by default")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--preset", default="4x", help="4x, 5x, 7x (FLUX), 2x, 3x (SD3), turbo (4 steps)")
     parser.add_argument("--steps", type=int, nargs="+", help="of each of the three stages, instead of a preset")
     parser.add_argument("--ends", type=float, nargs="+", help="time at which each stage ends, the last 1")
@@ -39,7 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--shift", type=float, help="of the plain run, whose timesteps are matched")
     parser.add_argument("--published", action="store_true", help="do as the public code does, defects included")
     parser.add_argument("--explain", action="store_true", help="print the plan and its cost, render nothing")
-    parser.add_argument("--family", choices=PLAIN_STEPS, help="with --explain, if there is no --model")
+    parser.add_argument("--family", choices=PLAIN_STEPS, help="with --explain, which it needs: a published model")
     parser.add_argument("--plain_steps", type=int, help="of the run that the cost is compared with")
     parser.add_argument("--text_tokens", type=int, help="length of the prompt for the cost; the family's by default")
     parser.add_argument("--without_attention", action="store_true", help="count FLOPs as most publications do")
@@ -54,7 +59,7 @@ def run(given: Namespace) -> Path | str:
         schedule = as_schedule(given.preset, given.steps, given.ends, given.ratio, given.shift)
         return explain(given, schedule)
     if given.output is None:
-        raise ValueError("--output: where is the picture to be written?")
+        raise ValueError("--output: needed to render; --explain needs none.")
     from evaluation.rendering import load_pipeline
     from evaluation.single import save_png
     from solver.samplers.calls import guidance, text_length

@@ -160,20 +160,25 @@ class QwenPositions(ModelHook):
 
     def __init__(self, mixed: MixedTokens):
         super().__init__()
-        self.mixed = mixed
+        self.mixed, self._rotations = mixed, None
 
     def post_forward(self, module: nn.Module, output):
         image, text = output
+        count = self.mixed.fine_hw.numel() * (1 if self.mixed.units == "small" else 4)
+        if self._rotations is None:
+            self._rotations = self._rotate(module).to(image)
+        return torch.cat([self._rotations, image[count:]]), text
+
+    def _rotate(self, module: nn.Module) -> Tensor:
         h, w = self.mixed.size
-        count = h * w if self.mixed.units == "small" else 4 * h * w
         middle = [n - n // 2 if self.mixed.units == "small" else n for n in (h, w)]
-        positions = self.mixed.positions_N2.to(image.device) - torch.tensor(middle, device=image.device)
+        positions = self.mixed.positions_N2.cpu() - torch.tensor(middle)
         axes = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
         rotations = [
             module.rope_params(axis, dim, module.theta)
-            for axis, dim in zip(axes.cpu().unbind(1), module.axes_dim, strict=True)
+            for axis, dim in zip(axes.unbind(1), module.axes_dim, strict=True)
         ]
-        return torch.cat([torch.cat(rotations, 1).to(image), image[count:]]), text
+        return torch.cat(rotations, 1)
 
 
 class PatchedTokens(ModelHook):
@@ -181,12 +186,14 @@ class PatchedTokens(ModelHook):
 
     def __init__(self, mixed: MixedTokens):
         super().__init__()
-        self.mixed = mixed
+        self.mixed, self._positions = mixed, None
 
     def new_forward(self, module: nn.Module, latent: Tensor) -> Tensor:
+        if self._positions is None:
+            self._positions = sd3_positions(module, self.mixed).to(latent.device)
         patches = self.mixed.gather(latent).unflatten(-1, (-1, 2, 2))
         embedded_BND = module.proj(patches.flatten(0, 1)).flatten(1).unflatten(0, patches.shape[:2])
-        return (embedded_BND + sd3_positions(module, self.mixed).to(embedded_BND.device)).to(embedded_BND.dtype)
+        return (embedded_BND + self._positions).to(embedded_BND.dtype)
 
 
 class UnpatchedTokens(ModelHook):
@@ -257,8 +264,13 @@ def require_mixable(denoiser: nn.Module) -> None:
     """Raises ValueError for networks whose tokens cannot be mixed."""
     if type(denoiser).__name__ in FAMILIES:
         return
-    why = "it has no tokens to mix" if "UNet" in type(denoiser).__name__ else "its tokens are not known here"
-    raise ValueError(f"RALU cannot run on a {type(denoiser).__name__}: {why}. It runs on {', '.join(FAMILIES)}.")
+    name = type(denoiser).__name__
+    if name == "OptimizedModule":
+        raise ValueError(
+            "RALU cannot see into a model compiled as a whole; use transformer.compile_repeated_blocks()."
+        )
+    why = "it has no tokens to mix" if "UNet" in name else "its tokens are not known here"
+    raise ValueError(f"RALU cannot run on a {name}: {why}. It runs on {', '.join(FAMILIES)}.")
 
 
 @contextmanager

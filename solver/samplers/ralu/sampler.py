@@ -17,15 +17,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    FluxKontextPipeline,
-    FluxPipeline,
-    QwenImagePipeline,
-    SchedulerMixin,
-    StableDiffusion3Pipeline,
-    TaylorSeerCacheConfig,
-)
+from diffusers import DiffusionPipeline, SchedulerMixin, TaylorSeerCacheConfig
 from torch import Tensor
 
 from solver.samplers.cascade import Segment, fresh_copy, number_of_pictures, require_flow, run_segment
@@ -34,6 +26,7 @@ from solver.samplers.ralu.edges import canny_scores, select, sobel_scores
 from solver.samplers.ralu.mixed_resolution import mixed_resolution, require_mixable
 from solver.samplers.ralu.noise import enlarge, injected_noise, on_grid, reduce, white_noise
 from solver.samplers.ralu.plan import as_schedule
+from solver.samplers.ralu.prompts import encoded, row_of
 from solver.samplers.ralu.schedule import Schedule, restart, scheduler_shift
 
 EDGES = ("canny", "sobel", "random")
@@ -49,7 +42,7 @@ class Choices:
     """Where the public code, the paper and we differ.
 
     Attributes:
-        edges: which cells are fine early: those with Canny "edges of the decoded picture" ("canny"), with gradients in
+        edges: which cells are fine early: those with Canny edges in the decoded picture ("canny"), with gradients in
             latent space ("sobel"), or any ("random").
         luma: "full", or "clipped", which is blind to edges in the dark half.
         copy: how latents are copied: "pixel" (nearest neighbour) or "token" (whole patches, which tiles).
@@ -175,7 +168,7 @@ class Run:
 
     def row(self, i: int) -> "Run":
         """The i-th picture alone."""
-        return replace(self, call=_row_of(self.call, i, len(self.generators)), generators=self.generators[i : i + 1])
+        return replace(self, call=row_of(self.call, i, len(self.generators)), generators=self.generators[i : i + 1])
 
     def stage(self, x_BCHW: Tensor, sigmas: Sequence[float], scheduler=None, cache=None) -> tuple[Tensor, Tensor]:
         """One stage at the size of the latents: where it ends, and the picture predicted at its last step; float32."""
@@ -206,6 +199,8 @@ def prepare(pipe, prompt, seed, height=None, width=None, call: dict | None = Non
     transformer = denoiser(pipe)
     require_mixable(transformer)
     require_flow(pipe, pipe.scheduler)
+    if pipe.components.get("controlnet") is not None:
+        raise ValueError(f"{type(pipe).__name__}: a ControlNet answers for the full grid, RALU's tokens are mixed.")
     if getattr(transformer, "is_cache_enabled", False):  # SD3's transformer knows no caches
         raise ValueError(
             "A feature cache is on from before; its features would meet other tokens. Call disable_cache(), and pass "
@@ -259,71 +254,8 @@ def _picture_call(prompt, seed, call: dict) -> tuple[dict, list[int]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Prompts, encoded once; rows of a batch; caches, once a stage
+# Feature caches, once a stage
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def encoded(pipe: DiffusionPipeline, call: dict) -> dict:
-    """The call with embeddings in place of prompts, so that three stages encode them once.
-
-    Of pipelines that are not known here, and where a LoRA's scale is in the call, it stays as it is.
-    """
-    if call.get("prompt") is None or "scale" in (call.get("joint_attention_kwargs") or {}):
-        return call
-    known = {FluxPipeline: _flux_embeds, FluxKontextPipeline: _flux_embeds, QwenImagePipeline: _qwen_embeds}
-    known[StableDiffusion3Pipeline] = _sd3_embeds
-    embed = next((function for family, function in known.items() if type(pipe) is family), None)
-    if embed is None:
-        return call
-    text = {name: call[name] for name in call if name.startswith(("prompt", "negative_prompt"))}
-    length = {name: call[name] for name in ("max_sequence_length",) if name in call}
-    rest = {name: value for name, value in call.items() if name not in text}
-    return rest | embed(pipe, call, text, length)
-
-
-def _flux_embeds(pipe, call, text, length) -> dict:
-    found = {}
-    for sign in ("", "negative_"):
-        if text.get(f"{sign}prompt") is not None:
-            prompts = _as_list(text[f"{sign}prompt"], call)
-            embeds, pooled, _ = pipe.encode_prompt(prompts, text.get(f"{sign}prompt_2"), **length)
-            found |= {f"{sign}prompt_embeds": embeds, f"{sign}pooled_prompt_embeds": pooled}
-    return found
-
-
-def _qwen_embeds(pipe, call, text, length) -> dict:
-    found = {}
-    for sign in ("", "negative_"):
-        if text.get(f"{sign}prompt") is not None:
-            embeds, mask = pipe.encode_prompt(_as_list(text[f"{sign}prompt"], call), **length)
-            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
-            found |= {f"{sign}prompt_embeds": embeds, f"{sign}prompt_embeds_mask": mask}
-    return found
-
-
-def _sd3_embeds(pipe, call, text, length) -> dict:
-    prompts = {"prompt_2": None, "prompt_3": None, **text}
-    guided = call.get("guidance_scale", 7.0) > 1  # the pipeline's own default
-    skipped = {name: call[name] for name in ("clip_skip",) if name in call}
-    names = [f"{sign}{kind}prompt_embeds" for kind in ("", "pooled_") for sign in ("", "negative_")]
-    embeds = pipe.encode_prompt(**prompts, do_classifier_free_guidance=guided, **skipped, **length)
-    return {name: value for name, value in zip(names, embeds, strict=True) if value is not None}
-
-
-def _as_list(prompts: str | Sequence[str], call: dict) -> list[str]:
-    return [prompts] * len(call["prompt"]) if isinstance(prompts, str) else list(prompts)
-
-
-def _row_of(call: dict, i: int, rows: int) -> dict:
-    """The arguments of one picture: a row of whatever has one a picture."""
-
-    def row(name, value):
-        batched = "prompt" in name or name == "image"
-        if batched and isinstance(value, Tensor | list | tuple) and len(value) == rows:
-            return value[i : i + 1]
-        return value
-
-    return {name: row(name, value) for name, value in call.items()}
 
 
 def _full_at_last(cache, steps: int):

@@ -234,7 +234,8 @@ def at_bound(schedule: Schedule) -> list[str]:
 def scheduler_shift(scheduler, tokens: int) -> float:
     """The shift h that a flow scheduler really uses for an image of so many tokens.
 
-    Dynamic shifting counts, which the public code leaves out: FLUX.1-dev at 1024 x 1024 has 3.158, not 3.
+    Dynamic shifting counts, which the public code leaves out: FLUX.1-dev at 1024 x 1024 has 3.158, not 3. Stretching
+    the grid to a last sigma above 0 (`shift_terminal` of Qwen-Image) does not.
 
     Raises:
         ValueError: the scheduler's config has neither a static shift nor a dynamic one.

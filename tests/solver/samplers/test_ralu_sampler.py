@@ -12,9 +12,11 @@ from solver import ConsistencySolverScheduler
 from solver.samplers.cost import network_of, run_flops
 from solver.samplers.latents import decode
 from solver.samplers.ralu.edges import canny_scores, select
+from solver.samplers.ralu.mixed_resolution import require_mixable
 from solver.samplers.ralu.noise import siblings, white_noise
 from solver.samplers.ralu.plan import stage_tokens
-from solver.samplers.ralu.sampler import PUBLISHED, Choices, _full_at_last, encoded, prepare, ralu
+from solver.samplers.ralu.prompts import encoded
+from solver.samplers.ralu.sampler import PUBLISHED, Choices, _full_at_last, prepare, ralu
 from solver.samplers.ralu.schedule import Schedule, scheduler_shift, solve
 from tests.tiny_pipelines import SIZE, WORDS, tiny_pipeline
 
@@ -304,6 +306,10 @@ def test_bad_pipelines():
     pipe, call = tiny("flux")
     with pytest.raises(ValueError, match="call has latents, generator"):
         run(pipe, {**call, "latents": None, "generator": None})
+    with pytest.raises(ValueError, match="0 prompts and 0 seeds"):
+        ralu(pipe, [], [], SHORT, SIZE, SIZE)
+    with pytest.raises(ValueError, match="compile_repeated_blocks"):
+        require_mixable(torch.compile(pipe.transformer, backend="eager"))
     with pytest.raises(ValueError, match="edges='laplace'"):
         Choices(edges="laplace")
     pipe.transformer.enable_cache(TaylorSeerCacheConfig())
