@@ -26,7 +26,7 @@ class Columns:
     Attributes:
         guidance_scale: of the full-step pictures and of all rows that have none of their own.
         steps: numbers of steps.
-        num_prompts: how many.
+        num_prompts: how many. Columns of one guidance scale share full-step pictures by whole batches.
         ranked: prompts of which several candidates are ranked, and tried in the workflow; the first of `num_prompts`.
         finalists: how many classical solvers are measured, for each number of steps: the best on the grid prompts.
             All of them where it is None.

@@ -39,7 +39,7 @@ CLASSICAL = {
     "unipc": ("unipcpp2", 2),
 }
 LOWER_ORDER_FINAL = ("deis", "dpm2m", "dpmpp2m")  # the last of less than 15 steps is first order, as in diffusers
-GRID = {"final_sigmas_type": "sigma_min", "algorithm_type": "dpmsolver", "use_karras_sigmas": False}
+GRID = {"final_sigmas_type": "sigma_min", "use_karras_sigmas": False}
 HEUN = "heun"
 FLOW_SOLVERS = (*CLASSICAL, HEUN)  # ddim is Euler's method there
 

@@ -1,5 +1,6 @@
 """table.md: metrics.json as Markdown."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -53,13 +54,19 @@ def _line(row: dict, group: Sequence[dict], known: dict) -> str:
         values = [other["metrics"][name]["mean"] for other in group if name in other["metrics"]]
         best = max(values) if about["higher_is_better"] else min(values)
         value, (low, high) = row["metrics"][name]["mean"], row["metrics"][name]["ci95"]
-        digits = 3 if abs(value) < 2 else 2
+        digits = _digits(value, high - low)
         text = f"{value:.{digits}f}"
         text = f"**{text}**" if value == best and len(set(values)) > 1 else text
         cells.append(f"{text} ± {(high - low) / 2:.{digits}f}")
     facts = [row[key] for key in ("steps", "solver", "grid", "nfe", "prompts")]
     facts.append(f"{row['seconds_per_image']:.3f}")
     return "| " + " | ".join([*map(str, facts), *cells]) + " |"
+
+
+def _digits(value: float, width: float) -> int:
+    """Decimals that show a value, and the width of its interval where that is small."""
+    shown = 3 if abs(value) < 2 else 2
+    return max(shown, min(5, 1 - math.floor(math.log10(width)))) if width > 0 else shown
 
 
 def _left_out_lines(metrics: dict, guidance: float) -> list[str]:
@@ -78,7 +85,8 @@ def _across_lines(metrics: dict) -> list[str]:
     """The learned solver with fewer steps against the best classical one with more."""
     if not metrics["across_steps"]:
         return []
-    names = list(dict.fromkeys(entry["metric"] for entry in metrics["across_steps"]))
+    found = {entry["metric"] for entry in metrics["across_steps"]}
+    names = [name for name in metrics["metrics"] if name in found]
     lines = ["## learned with fewer steps, minus the best classical solver with more", ""]
     lines += ["| guidance | learned | classical | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
     cells: dict[tuple, dict[str, dict]] = {}
@@ -106,7 +114,8 @@ def _paired_lines(metrics: dict) -> list[str]:
 
 def _signed(entry: dict) -> str:
     low, high = entry["ci95"]
-    return f"{entry['difference']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    digits = _digits(10, high - low)
+    return f"{entry['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def _workflow_lines(metrics: dict) -> list[str]:
