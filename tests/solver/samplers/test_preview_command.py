@@ -1,0 +1,58 @@
+"""`sample.py preview` and `refine --pick` on a folder of a tiny FLUX with its text encoders."""
+
+import json
+
+import pytest
+from PIL import Image
+from tiny_flux import save_tiny_flux
+
+from evaluation.rendering import load_pipeline
+from sample import main
+from solver.samplers.latents import initial_noise, latent_shape, pack
+
+SIZE = 32
+ARGUMENTS = ["--prompt", "a red ring", "--seed", "7", "--height", str(SIZE), "--width", str(SIZE)]
+OPTIONS = ["--steps", "6", "--switch", "2", "--guided_steps", "0.34", "--kappa", "1"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("previews") / "new"
+    arguments = ["preview", "--model", str(model), "--candidates", "5", "--output", str(folder)]
+    assert main([*arguments, *ARGUMENTS, *OPTIONS]) == folder / "sheet.png"
+    return folder
+
+
+def test_a_proof_sheet_and_the_picked_picture(model, folder, tmp_path):
+    facts = json.loads((folder / "previews.json").read_text())
+    assert [one["seed"] for one in facts["candidates"]] == [7, 8, 9, 10, 11]
+    assert facts["candidates"][0]["network_calls"] == {"full": 3, "small": 4 + 3}
+    with Image.open(folder / "sheet.png") as sheet, Image.open(folder / "3.png") as one:
+        assert one.size == (SIZE // 2, SIZE // 2) and one.text["proofsheet:seed"] == "9"
+        assert sheet.width > 4 * SIZE and sheet.height > 2 * SIZE  # four, and one below
+    full = main(["refine", "--preview", str(folder), "--pick", "3", "--output", str(tmp_path / "full.png")])
+    pipe = load_pipeline(str(model), "float32", "cpu")
+    noise = pack(pipe, initial_noise([9], latent_shape(pipe, SIZE, SIZE)))
+    call = {"height": SIZE, "width": SIZE, "latents": noise, "num_inference_steps": 6}
+    with Image.open(full) as refined:
+        assert refined.tobytes() == pipe("a red ring", **call).images[0].tobytes()
+        assert refined.text["proofsheet:seed"] == "9"
+
+
+def test_errors(folder, tmp_path):
+    out = ["--output", str(tmp_path / "x.png")]
+    with pytest.raises(ValueError, match="--pick None: expected 1 to 5"):
+        main(["refine", "--preview", str(folder), *out])
+    with pytest.raises(ValueError, match="--pick 6: expected 1 to 5"):
+        main(["refine", "--preview", str(folder), "--pick", "6", *out])
+    with pytest.raises(ValueError, match=r"--steps: the previews .* are of a run that has begun"):
+        main(["refine", "--preview", str(folder), "--pick", "2", "--steps", "9", *out])
+    with pytest.raises(ValueError, match="--pick 2: --preview must be a folder"):
+        main(["refine", "--preview", str(folder / "1.png"), "--pick", "2", *out])
+    with pytest.raises(ValueError, match="--candidates 0: expected at least 1"):
+        main(["preview", "--model", "m", "--candidates", "0", *out, *ARGUMENTS])
