@@ -22,6 +22,7 @@ from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
 )
+from diffusers.utils.torch_utils import get_module_execution_device
 
 IMAGE_VAES = (AutoencoderKL, AutoencoderTiny, AutoencoderKLQwenImage)
 VIDEO_VAES = (AutoencoderKLWan, AutoencoderKLHunyuanVideo)
@@ -136,7 +137,8 @@ def pack(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
         pipe: the pipeline.
         latents: (B, C, H, W) or (B, C, T, H, W), any floating dtype.
     """
-    latents = latents.to(pipe.device, torch.float32 if is_video(pipe) else denoiser(pipe).dtype)
+    # Not pipe.device: under offloading that is where weights wait.
+    latents = latents.to(pipe._execution_device, torch.float32 if is_video(pipe) else denoiser(pipe).dtype)
     return pipe._pack_latents(latents, *latents.shape) if is_packed(pipe) else latents
 
 
@@ -161,7 +163,7 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
         float32 (B, 3, H, W) in [0, 1] on the pipeline's device, of videos (B, F, 3, H, W). NaN stays NaN.
     """
     vae = pipe.vae
-    latents = latents.to(vae.device, vae.dtype)
+    latents = latents.to(get_module_execution_device(vae), vae.dtype)
     if as_frame := isinstance(vae, AutoencoderKLQwenImage):
         latents = latents.unsqueeze(2)
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")

@@ -40,7 +40,7 @@ def check_memory(pipe: DiffusionPipeline, stages: Sequence[Stage], batch: int) -
     """Raises ValueError where a stage cannot fit into the free memory of the pipeline's device."""
     needed, worst = max(((_stage_bytes(pipe, stage, batch), stage) for stage in stages), key=lambda pair: pair[0])
     device = pipe._execution_device
-    needed += max((_bytes(part) for part in pipe.components.values() if _waits_elsewhere(part, device)), default=0)
+    needed += max((_bytes(part) for part in (denoiser(pipe), pipe.vae) if _waits_elsewhere(part, device)), default=0)
     free = _free_bytes(device)
     if needed > free:
         raise ValueError(
@@ -73,9 +73,9 @@ def _guided_in_one_batch(pipe: DiffusionPipeline) -> bool:
     return not hasattr(pipe, "_pack_latents")
 
 
-def _waits_elsewhere(part, device: torch.device) -> bool:
-    """Whether a component is offloaded: it comes to the device when it is needed."""
-    return isinstance(part, nn.Module) and next(part.parameters(), torch.empty(0, device=device)).device != device
+def _waits_elsewhere(part: nn.Module, device: torch.device) -> bool:
+    """Whether a component comes to the device as a whole when it is needed. Layer by layer (meta) it hardly counts."""
+    return next(part.parameters()).device.type not in (device.type, "meta")
 
 
 def _bytes(part: nn.Module) -> int:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderTiny, DiffusionPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
 LARGEST_WHOLE_PICTURE = 2048**2  # pixels; decoded whole, FLUX's 4096² needs some 80 GiB in bfloat16
@@ -22,7 +23,7 @@ def encode(pipe: DiffusionPipeline, images_BCHW: Tensor) -> Tensor:
         float32 (B, C, h, w), scaled as the denoiser expects it.
     """
     vae = pipe.vae
-    images = (2 * images_BCHW - 1).to(pipe._execution_device, vae.dtype)
+    images = (2 * images_BCHW - 1).to(get_module_execution_device(vae), vae.dtype)
     if as_frame := isinstance(vae, AutoencoderKLQwenImage):
         images = images.unsqueeze(2)
     encoded = vae.encode(images)

@@ -14,6 +14,7 @@ Source: arXiv 2504.06232; paper and public code disagree, `plan.PRESETS` has bot
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -111,10 +112,14 @@ def hiflow(
         distilled_guidance=bool(denoiser(pipe).config.get("guidance_embeds")),
         model_patches=patched,
     )
+    if image is not None and alignment == "none":
+        raise ValueError('alignment="none" renders the last size from noise, so it takes no image.')
+    if image is not None and len(stages) == 1:
+        raise ValueError(f"sizes={tuple(sizes)} with an image: give its own size and a larger one.")
     base = _as_size(sizes[0])
     _check_positions(pipe, stages[-1])
     call, seeds = _picture_call(pipe, prompt, seed, call or {})
-    start = None if image is None else _given_image(image, base, len(seeds), alignment)
+    start = None if image is None else _given_image(image, base, len(seeds))
     if not ignore_memory:
         check_memory(pipe, stages, len(seeds))
 
@@ -259,7 +264,8 @@ def _resized(control, height: int, width: int):
     if not isinstance(control, Tensor):
         return control
     batch = control if control.ndim == 4 else control[None]
-    return F.interpolate(batch, (height, width), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+    resized = F.interpolate(batch, (height, width), mode="bicubic", align_corners=False, antialias=True)
+    return resized.clamp(control.min(), control.max())  # bicubic overshoots
 
 
 # ---- what was given ----
@@ -275,7 +281,7 @@ def _picture_call(pipe, prompt, seed, call: dict) -> tuple[dict, list[int]]:
         raise ValueError(f"call has {', '.join(ours)}: hiflow says these itself, through its own arguments.")
     if unknown := sorted(set(call) - set(inspect.signature(pipe.__call__).parameters)):
         raise ValueError(f"call has {', '.join(unknown)}, which {type(pipe).__name__} does not take.")
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    seeds = [int(seed)] if isinstance(seed, Integral) else [int(one) for one in seed]
     if prompt is None:
         if call.get("prompt_embeds") is None:
             raise ValueError("There is neither a prompt nor prompt_embeds in call.")
@@ -288,10 +294,8 @@ def _picture_call(pipe, prompt, seed, call: dict) -> tuple[dict, list[int]]:
     return {**call, "prompt": prompts}, seeds
 
 
-def _given_image(image, base: tuple[int, int], batch: int, alignment: str) -> Tensor:
+def _given_image(image, base: tuple[int, int], batch: int) -> Tensor:
     """float32 (B, 3, H, W) of the base size."""
-    if alignment == "none":
-        raise ValueError('alignment="none" renders the last size from noise, so it takes no image.')
     picture = image if isinstance(image, Tensor) else to_tensor(image.convert("RGB"))
     picture = (picture if picture.ndim == 4 else picture[None]).float()
     if picture.ndim != 4 or picture.shape[1] != 3 or len(picture) not in (1, batch):

@@ -380,6 +380,15 @@ def test_an_int8_transformer_draws_nearly_the_same_picture():
     assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.int8
 
 
+def test_offloading_changes_nothing():
+    """With the CPU as the device that weights are brought to: the same hooks as on a GPU."""
+    pipe, call = prepared("flux")
+    expected = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(hiflow(pipe, None, 1, (32, 64), CODE, call=call).images[-1], expected.images[-1])
+
+
 def test_kontexts_condition_covers_the_large_picture_too():
     pipe, call = prepared("flux-kontext")
     seen = []
@@ -410,6 +419,7 @@ def test_bad_input_is_refused_before_anything_runs():
         ("expected .3, H, W.", {"image": torch.rand(1, 32, 32)}),
         ("values from", {"image": image * 255}),
         ("takes no image", {"image": image, "alignment": "none"}),
+        ("give its own size and a larger one", {"image": image, "sizes": (32,)}),
         ("preset='codes'", {"preset": "codes"}),
         (r"needs about .* GiB on cpu.*enable_model_cpu_offload", {"sizes": (32, 2**17)}),
     ]
