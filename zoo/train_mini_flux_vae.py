@@ -1,7 +1,7 @@
 """Trains the autoencoder of zoo/mini-flux: AutoencoderKL, H x W x 3 to H/4 x W/4 x 8, at 64 and at 128 px.
 
-    accelerate launch zoo/train_mini_flux_vae.py                                     # 2 CPU cores: 25 minutes
-    accelerate launch zoo/train_mini_flux_vae.py --steps 8000 --batch_size 256       # GPU: 3 minutes
+    accelerate launch zoo/train_mini_flux_vae.py                                     # 2 CPU cores
+    accelerate launch zoo/train_mini_flux_vae.py --steps 6000 --batch_size 128 --minutes 4       # GPU
     accelerate launch zoo/train_mini_flux_vae.py --start zoo/mini-flux/vae --name mini-flux-decoder  # decoder alone
 
 `zoo/train_mini_flux.py` goes on from the result. With `--start` the encoder stays as it is, and so do the latents that

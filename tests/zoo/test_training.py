@@ -46,6 +46,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one(runs):
     assert log[-1]["step"] == 12
 
 
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.out = nn.ModuleList([nn.Linear(4, 4)]), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.out(self.blocks[0](x))
+
+
+def test_a_run_with_two_optimisers_resumes_too(runs, monkeypatch):
+    """Muon for the matrix of the block, AdamW for the rest."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "BF16", True)  # so that this processor may, slow as it is
+        undivided, run = TinyRun(name="whole", muon=True), TinyRun(name="halves", muon=True)
+    whole, _ = fit(Blocks(), undivided, square_loss, numbers)
+    fit(Blocks(), run, square_loss, lambda first, device: numbers(first, device, last=5))
+    halves, _ = fit(Blocks(), run, square_loss, numbers)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
+    assert not torch.allclose(whole.blocks[0].weight, Blocks().blocks[0].weight)
+
+
+def test_muon_is_refused_where_bfloat16_is_slow(monkeypatch):
+    monkeypatch.setattr(training, "BF16", False)
+    with pytest.raises(ValueError, match="bfloat16"):
+        TinyRun(muon=True)
+
+
 def test_the_average_is_what_comes_back_and_training_helps(runs):
     trained, log = fit(network(), TinyRun(steps=300), square_loss, lambda first, device: numbers(first, device, 300))
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
