@@ -22,14 +22,20 @@ from torch import Tensor
 
 from solver.samplers.cascade import Segment, fresh_copy, number_of_pictures, require_flow, run_segment
 from solver.samplers.latents import decode, default_size, denoiser, latent_shape, patch_size, vae_factor
-from solver.samplers.ralu.edges import canny_scores, select, sobel_scores
-from solver.samplers.ralu.mixed_resolution import mixed_resolution, require_mixable
-from solver.samplers.ralu.noise import enlarge, injected_noise, on_grid, reduce, white_noise
+from solver.samplers.ralu.edges import LUMA, canny_scores, number_of_fine, select, sobel_scores
+from solver.samplers.ralu.mixed_resolution import ANCHORS, UNITS, mixed_resolution, require_mixable
+from solver.samplers.ralu.noise import COPIES, enlarge, injected_noise, on_grid, reduce, white_noise
 from solver.samplers.ralu.plan import as_schedule
 from solver.samplers.ralu.prompts import encoded, row_of
 from solver.samplers.ralu.schedule import Schedule, restart, scheduler_shift
 
-EDGES = ("canny", "sobel", "random")
+KNOWN_CHOICES = {
+    "edges": ("canny", "sobel", "random"),
+    "luma": LUMA,
+    "copy": COPIES,
+    "anchor": tuple(ANCHORS),
+    "units": tuple(UNITS),
+}
 # Arguments of a pipeline's call that are said in another way here.
 OURS = (
     *("prompt", "latents", "height", "width", "num_inference_steps", "sigmas", "timesteps", "generator"),
@@ -61,8 +67,9 @@ class Choices:
     lift: bool = False
 
     def __post_init__(self):
-        if self.edges not in EDGES:
-            raise ValueError(f"edges={self.edges!r}: expected one of {', '.join(EDGES)}.")
+        for name, known in KNOWN_CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}.")
 
 
 PUBLISHED = Choices(luma="clipped", copy="token", anchor="corner", scaled_noise=False)
@@ -127,6 +134,7 @@ def ralu(
     if shift == "own" or (steps is not None and shift is None):
         shift = scheduler_shift(pipe.scheduler, run.tokens)
     schedule = as_schedule(preset, steps, ends, ratio, shift)
+    number_of_fine(schedule.ratio, run.tokens // 4)  # raises if it is none
     sigmas = schedule.stage_sigmas()
 
     small, x0 = run.stage(

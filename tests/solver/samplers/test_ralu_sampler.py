@@ -246,6 +246,7 @@ def test_lora():
     assert (run(pipe, call).latents_BCHW - plain).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_compiled_blocks():
     """Blocks compiled one by one, whole graphs, static lengths: the same picture."""
     pipe, call = tiny("flux")
@@ -310,8 +311,9 @@ def test_bad_pipelines():
         ralu(pipe, [], [], SHORT, SIZE, SIZE)
     with pytest.raises(ValueError, match="compile_repeated_blocks"):
         require_mixable(torch.compile(pipe.transformer, backend="eager"))
-    with pytest.raises(ValueError, match="edges='laplace'"):
-        Choices(edges="laplace")
+    for name in ("edges", "luma", "copy", "anchor", "units"):
+        with pytest.raises(ValueError, match=f"{name}='other': expected one of"):
+            Choices(**{name: "other"})
     pipe.transformer.enable_cache(TaylorSeerCacheConfig())
     with pytest.raises(ValueError, match="cache is on from before"):
         run(pipe, call)
