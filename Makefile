@@ -7,7 +7,14 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test test-slow lint clean
 
 demo: .venv/installed
-	$(BIN)/python -m zoo.demo
+	$(BIN)/python -m data.build --config configs/build_demo.yaml
+	$(BIN)/python train.py --config configs/demo.yaml
+	$(BIN)/python evaluate.py --config configs/eval_demo.yaml
+	$(BIN)/python -m solver.export runs/demo/best outputs/demo/solver --to solver --model zoo/mini-sd \
+		--metrics runs/eval_demo/metrics.json
+	@cp runs/eval_demo/table.md runs/eval_demo/contact_sheet.png outputs/demo
+	@cat outputs/demo/table.md
+	@echo "Look at outputs/demo/contact_sheet.png; the solver is in outputs/demo/solver."
 
 test: .venv/installed-dev lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -25,7 +25,18 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from trl import TrlParser
 
 from data.scenes import Scene, vocabulary
-from zoo.training import FUSED_ATTENTION, ZOO, Run, captions, fit, load_start, parameter_count, pictures, scene_batches, write_log
+from zoo.training import (
+    FUSED_ATTENTION,
+    ZOO,
+    Run,
+    captions,
+    fit,
+    load_start,
+    parameter_count,
+    pictures,
+    scene_batches,
+    write_log,
+)
 
 TOKENS = 32
 

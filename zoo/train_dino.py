@@ -25,7 +25,17 @@ from torchvision.ops import roi_align
 from trl import TrlParser
 
 from data.scenes import BACKGROUNDS, Scene
-from zoo.training import FUSED_ATTENTION, ZOO, Run, fit, load_start, parameter_count, pictures, scene_batches, write_log
+from zoo.training import (
+    FUSED_ATTENTION,
+    ZOO,
+    Run,
+    fit,
+    load_start,
+    parameter_count,
+    pictures,
+    scene_batches,
+    write_log,
+)
 
 MODEL_ARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 160, "depth": 5, "num_heads": 5, "dynamic_img_size": True}
 PROTOTYPES = 1024
