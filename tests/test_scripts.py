@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parent / "data"))
 from tiny_teacher import make_tiny_sd
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [["evaluate.py"], ["sample.py"], ["sample.py", "solver"], ["sample.py", "refine"]]
+SCRIPTS = [["evaluate.py"], ["sample.py"], ["sample.py", "solver"], ["sample.py", "refine"], ["sample.py", "preview"]]
 HEAVY = {"torch", "transformers", "diffusers", "trl", "matplotlib"}
 
 

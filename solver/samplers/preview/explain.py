@@ -22,7 +22,7 @@ from solver.samplers.cost import NETWORKS, Network, image_tokens, run_flops
 from solver.samplers.preview.options import Phase, PreviewOptions, plan
 
 
-def shifted(steps: int, tokens: int, last: float | None = None, **config) -> Tensor:
+def shifted(steps: int, tokens: int, **config) -> Tensor:
     """The grid of pipelines that pass the sigmas 1 .. 1/steps, and a shift for the number of tokens."""
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
     bounds = [config.get(name, default) for name, default in (("max_image_seq_len", 4096), ("max_shift", 1.15))]
@@ -47,7 +47,7 @@ def unipc_grid(steps: int, tokens: int, shift: float) -> Tensor:
 
 
 class Family(NamedTuple):
-    """A published model: key of `cost.NETWORKS`, grid, and the size and frames of its own pipeline."""
+    """A published model: key of `cost.NETWORKS`, grid, and a usual size, which halves into tokens, and frames."""
 
     network: str
     grid: Callable[..., Tensor]
@@ -63,9 +63,9 @@ FAMILIES = {
     "sd3.5-medium": Family("sd3.5-medium", own_grid, {"shift": 3.0}),
     "sd3.5-large": Family("sd3.5-large", own_grid, {"shift": 3.0}),
     "qwen-image": Family("qwen-image", shifted, QWEN_SHIFT),
-    "wan": Family("wan2.1-14b", unipc_grid, {"shift": 5.0}, (720, 1280), 81),
+    "wan": Family("wan2.1-14b", unipc_grid, {"shift": 5.0}, (480, 832), 81),
     "wan-1.3b": Family("wan2.1-1.3b", unipc_grid, {"shift": 3.0}, (480, 832), 81),
-    "hunyuan-video": Family("hunyuan-video", shifted, {"shift": 7.0}, (720, 1280), 129),
+    "hunyuan-video": Family("hunyuan-video", shifted, {"shift": 7.0}, (544, 960), 129),
 }
 
 
@@ -80,7 +80,7 @@ def explain(
 
     Args:
         family: a key of `FAMILIES`.
-        height, width: of the full-size picture, in pixels; the published pipeline's own where they are None.
+        height, width: of the full-size picture, in pixels; a usual size where they are None.
         num_frames: of a video; likewise.
         options: the paper's setting by default.
 

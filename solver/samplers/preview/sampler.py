@@ -188,9 +188,9 @@ def refine(
         sigmas = sigma_grid(pipe, first.num_inference_steps, first.height, first.width, scheduler=solver, **call)
         for one in checkpoints:
             one.check(pipe, sigmas, other_versions)
-        latents = torch.stack([one.latents for one in checkpoints]).to(pipe.device)
+        latents = torch.stack([one.latents for one in checkpoints]).to(pipe._execution_device)
         if first.next_step:
-            restore(solver, checkpoints, pipe.device)
+            restore(solver, checkpoints, pipe._execution_device)
         steps = (first.next_step, first.num_inference_steps, first.num_inference_steps)
         segment = Segment(None, first.height, first.width, steps=steps)
         latents = run_segment(pipe, latents, segment, scheduler=solver, **call)
@@ -260,7 +260,7 @@ def _full_size(run: _Run) -> tuple[dict, Tensor, Tensor | None, Tensor | None]:
     """
     options, seen = run.options, []
     shape = latent_shape(run.pipe, run.height, run.width, run.call.get("num_frames"))
-    x = initial_noise(run.seeds, shape).to(run.pipe.device)
+    x = initial_noise(run.seeds, shape).to(run.pipe._execution_device)
     switch, stop, total = options.switch, options.full_steps, options.num_inference_steps
 
     def look(sample, sigma, sigma_next, model_output):
@@ -449,7 +449,7 @@ def cached(pipe: DiffusionPipeline, cache: object | None) -> Iterator[None]:
 @contextmanager
 def _timed(run: _Run, phase: str) -> Iterator[None]:
     """Adds the seconds inside to the report, waiting for the device at both ends."""
-    wait = torch.cuda.synchronize if run.pipe.device.type == "cuda" else lambda: None
+    wait = torch.cuda.synchronize if run.pipe._execution_device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
     yield

@@ -217,6 +217,7 @@ def test_every_family_explains_itself(family):
         assert calls == chosen.full_steps + chosen.small_evaluations
         assert 1 < report["tflops"]["ratio"] < 3
         assert len(as_table(report).splitlines()) == len(report["phases"]) + 3
+    assert explain(family)["tflops"]["ratio"] > 1.5  # at its usual size
 
 
 def test_explain_on_the_command_line(capsys):
