@@ -65,11 +65,18 @@ def test_root_scripts_are_short():
         assert len((ROOT / name).read_text().splitlines()) < 80
 
 
+NO_STEPS = '{"guidance_scale":3,"steps":[0],"num_prompts":4}'
+
+
 @pytest.mark.parametrize(
     "script, words, message",
     [
         ("evaluate.py", "--model zoo/none --output_dir OUT", "model 'zoo/none' is no pipeline folder here"),
-        ("evaluate.py", "--model zoo/none --output_dir OUT --steps 0", "steps=[0]: expected whole numbers"),
+        (
+            "evaluate.py",
+            f"--model zoo/none --output_dir OUT --columns {NO_STEPS}",
+            "steps=[0]: expected whole numbers",
+        ),
         ("sample.py", "refine --model zoo/none --prompt x --seed 1 --output OUT", "model 'zoo/none' is no pipeline"),
         ("sample.py", "refine --model zoo/none --prompt x --output OUT", "--seed: needed"),
         ("solver/export.py", "runs/none --to solver OUT", "runs/none"),
