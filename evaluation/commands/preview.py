@@ -10,6 +10,7 @@ previews.json. Candidate N has the seed `--seed` + N - 1. `--explain` prints pha
 loads no weights.
 """
 
+import inspect
 import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -73,12 +74,19 @@ def _render(given: Namespace, options) -> Path:
         raise ValueError(f"--candidates {given.candidates}: expected at least 1.")
     from evaluation.rendering import load_pipeline
     from evaluation.single import solver_scheduler
+    from solver.samplers.calls import guidance, text_length
     from solver.samplers.preview import preview
 
     pipe = load_pipeline(given.model, given.dtype, given.device)
-    guidance = given.guidance_scale if given.guidance_scale is not None else 1.0
-    stepper = solver_scheduler(given.solver, pipe.scheduler, guidance) if given.solver else None
-    call = {name: getattr(given, name) for name in CALL if getattr(given, name) is not None}
+    call = text_length(pipe) | {name: getattr(given, name) for name in CALL if getattr(given, name) is not None}
+    if "guidance_scale" in call:  # some take it under another name
+        call = guidance(pipe, call.pop("guidance_scale")) | call
+    if "true_cfg_scale" in call:  # without effect if there is no negative prompt
+        call.setdefault("negative_prompt", "")
+    if unknown := [f"--{name}" for name in call if name not in inspect.signature(pipe.__call__).parameters]:
+        raise ValueError(f"{', '.join(unknown)}: not an argument of {type(pipe).__name__}.")
+    scale = call.get("true_cfg_scale", call.get("guidance_scale", 1.0))
+    stepper = solver_scheduler(given.solver, pipe.scheduler, scale) if given.solver else None
     size = {"height": given.height, "width": given.width}
     picture_facts = {"model": given.model, "prompt": given.prompt, "height": given.height, "width": given.width}
     picture_facts = {name: value for name, value in picture_facts.items() if value is not None}

@@ -8,6 +8,7 @@ import inspect
 
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
 
 from solver.samplers.latents import denoiser
 
@@ -68,6 +69,6 @@ def encode_sources(pipe: DiffusionPipeline, sources_BCHW: torch.Tensor) -> torch
         ValueError: the pipeline edits no pictures.
     """
     check_edits(pipe)
-    pictures = sources_BCHW.to(pipe.vae.device)
+    pictures = sources_BCHW.to(get_module_execution_device(pipe.vae))  # not where an offloaded one waits
     pictures = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
     return pipe._encode_vae_image(image=(2 * pictures - 1).to(pipe.vae.dtype), generator=None)

@@ -27,7 +27,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from solver.samplers.latents import latent_shape, pack, unpack
+from solver.samplers.latents import is_packed, latent_shape, pack, unpack
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler, Grid, SolverTable
 
 # (sample, sigma, sigma_next, model_output) -> (sample, model_output) for the solver's step, or None to change nothing.
@@ -93,7 +93,7 @@ def run_segment(
         fresh_copy(pipe.scheduler) if scheduler is None else scheduler,
         segment,
         to_grid=lambda tokens: unpack(pipe, tokens, shape),
-        from_grid=lambda grid: pipe._pack_latents(grid, *grid.shape) if hasattr(pipe, "_pack_latents") else grid,
+        from_grid=lambda grid: pipe._pack_latents(grid, *grid.shape) if is_packed(pipe) else grid,
     )
     with replaced(pipe, "scheduler", stand_in):
         answer = pipe(

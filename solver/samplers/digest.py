@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -15,10 +16,16 @@ def weights_digest(pipe: DiffusionPipeline) -> str:
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, torch.nn.Module):
-            for key, tensor in sorted(part.state_dict().items()):
+            for key, tensor in sorted(_state(part).items()):
                 digest.update(f"{name}.{key} {tuple(tensor.shape)}".encode())
                 digest.update(_bytes(tensor.flatten()[:FIRST_VALUES].float()))
     return digest.hexdigest()
+
+
+def _state(module: torch.nn.Module) -> dict[str, Tensor]:
+    """The state dict, also of a module whose weights wait elsewhere (sequential offloading)."""
+    state = module.state_dict()
+    return get_state_dict_offloaded_model(module) if any(x.is_meta for x in state.values()) else state
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

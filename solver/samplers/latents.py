@@ -93,9 +93,10 @@ def latent_shape(
         ValueError: the size does not divide into tokens, the frames do not compress, an image is asked for frames, or
             `pipe` is of an unknown family.
     """
-    height, width = height or default_size(pipe)[0], width or default_size(pipe)[1]
+    height = default_size(pipe)[0] if height is None else height
+    width = default_size(pipe)[1] if width is None else width
     multiple = vae_factor(pipe) * patch_size(pipe)
-    if height % multiple or width % multiple:
+    if height < 1 or width < 1 or height % multiple or width % multiple:
         raise ValueError(f"height={height}, width={width}: {type(pipe).__name__} needs multiples of {multiple}.")
     channels = denoiser(pipe).config.in_channels // (4 if is_packed(pipe) else 1)
     size = (height // vae_factor(pipe), width // vae_factor(pipe))
@@ -103,9 +104,10 @@ def latent_shape(
         if num_frames is not None:
             raise ValueError(f"num_frames={num_frames}: {type(pipe).__name__} makes images.")
         return channels, *size
-    num_frames = num_frames or inspect.signature(pipe.__call__).parameters["num_frames"].default
+    if num_frames is None:
+        num_frames = inspect.signature(pipe.__call__).parameters["num_frames"].default
     factor = pipe.vae_scale_factor_temporal
-    if (num_frames - 1) % factor:
+    if num_frames < 1 or (num_frames - 1) % factor:
         raise ValueError(f"num_frames={num_frames}: {type(pipe).__name__} needs a multiple of {factor} plus 1.")
     return channels, (num_frames - 1) // factor + 1, *size
 

@@ -97,15 +97,17 @@ class Checkpoint:
         texts["call"] |= {name.removeprefix("call."): x for name, x in tensors.items() if name.startswith("call.")}
         return cls(**texts, latents=tensors["latents"], history=history)
 
-    def check(self, pipe: DiffusionPipeline, sigmas: Tensor, other_versions: bool = False) -> None:
-        """Raises ValueError, naming what differs, unless the pipeline would go on with the run that was begun."""
-        found = fingerprint(pipe)
+    def check(self, found: dict, other_versions: bool = False) -> None:
+        """Raises ValueError, naming what differs, unless a pipeline of this `fingerprint` would go on with the run."""
         differing = [name for name in found if self.made_by.get(name) != found[name]]
         if other_versions:
             differing = [name for name in differing if name != "versions"]
         if differing:
             pairs = "; ".join(f"{name}: {self.made_by.get(name)} then, {found[name]} now" for name in differing)
             raise ValueError(f"The checkpoint is of another pipeline ({pairs}); refine with the one that made it.")
+
+    def check_grid(self, sigmas: Tensor) -> None:
+        """Raises ValueError unless the run has these sigmas."""
         if self.sigmas != sigmas.tolist():
             raise ValueError(
                 f"The checkpoint's run has the sigmas {self.sigmas[:3]} ..., the pipeline now makes "
@@ -180,10 +182,14 @@ def _plain(value):
 
 
 def _adapters(pipe: DiffusionPipeline) -> dict:
-    """LoRA adapters and their scales; the digest of the weights knows them, but not how strong they are."""
+    """LoRA adapters that are on, and their scales; the digest of the weights knows neither."""
     scales: dict = {}
     for module in denoiser(pipe).modules():
-        for name in getattr(module, "active_adapters", ()) if hasattr(module, "scaling") else ():
+        for name in getattr(module, "active_adapters", ()) if _adapts(module) else ():
             if name in module.scaling:
                 scales[name] = float(module.scaling[name])
     return scales
+
+
+def _adapts(module: torch.nn.Module) -> bool:
+    return hasattr(module, "scaling") and not module.disable_adapters

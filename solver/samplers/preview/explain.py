@@ -91,7 +91,8 @@ def explain(
         raise ValueError(f"family {family!r}: expected one of {', '.join(FAMILIES)}.")
     options, known = options or PreviewOptions(), FAMILIES[family]
     network = NETWORKS[known.network]
-    height, width, frames = height or known.size[0], width or known.size[1], num_frames or known.frames
+    given = zip((height, width, num_frames), (*known.size, known.frames), strict=True)
+    height, width, frames = (own if value is None else value for value, own in given)
     multiple = network.pixels * options.scale
     if height % multiple or width % multiple:
         raise ValueError(

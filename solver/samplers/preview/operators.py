@@ -27,7 +27,7 @@ from solver.samplers.latents import decode, vae_factor
 from solver.samplers.preview.guidance import Guidance
 from solver.samplers.preview.options import PreviewOptions
 from solver.samplers.preview.sampler import _begin, _full_size, to_pil
-from solver.samplers.preview.selection import SELECTION_STREAM, split
+from solver.samplers.preview.selection import generator_beside, split
 
 
 class Transformed(NamedTuple):
@@ -87,7 +87,8 @@ def move_noise(noise: Tensor, flow_2HW: Tensor, fresh: Tensor) -> tuple[Tensor, 
         the moved noise, and the share of it that is fresh.
     """
     height, width = noise.shape[-2:]
-    rows, columns = (_positions(height, width) + flow_2HW).round().long()
+    # Not round(): it sends halves to the even neighbour, and every other element of a shift by a half would be lost.
+    rows, columns = (_positions(height, width) + flow_2HW + 0.5).floor().long()
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     source_N = torch.where(inside, rows * width + columns, -1).flatten()
     in_order, place = source_N.sort(stable=True)
@@ -134,9 +135,8 @@ def transform(
         sigma = float(sigmas[0])
         image, noise = split(x, velocity, sigma)
         flow_2HW = operator(*image.shape[-2:], vae_factor(pipe))
-        generator = torch.Generator().manual_seed(seed + SELECTION_STREAM)
         image = move_image(image, flow_2HW)
-        noise, share = move_noise(noise, flow_2HW, torch.randn(noise.shape, generator=generator))
+        noise, share = move_noise(noise, flow_2HW, torch.randn(noise.shape, generator=generator_beside(seed, 2)))
         guidance = Guidance(options.step_strengths(sigmas), lambda now: noise - image)
         segment = Segment(sigmas, run.height, run.width, guidance)
         begin = (1 - sigma) * image + sigma * noise

@@ -20,6 +20,7 @@ from solver.samplers.cascade import (
     number_of_pictures,
     require_flow,
     run_segment,
+    set_grid,
     sigma_grid,
 )
 from solver.samplers.latents import (
@@ -143,8 +144,10 @@ def preview(
         with _timed(run, "decoding"):
             pictures = decode(pipe, small)
     images = to_pil(pipe, pictures)
+    made_by = fingerprint(pipe)
     previews = [
-        Preview(images[b], small[b], _checkpoint(run, state, b), _row_of_report(run, b)) for b in range(len(seeds))
+        Preview(images[b], small[b], _checkpoint(run, state, made_by, b), _row_of_report(run, b))
+        for b in range(len(seeds))
     ]
     return previews[0] if isinstance(seed, int) else previews
 
@@ -182,12 +185,15 @@ def refine(
     first = checkpoints[0]
     if set(call) != set(first.missing):
         raise ValueError(f"The checkpoint needs {first.missing or 'no arguments'} again, but got {sorted(call)}.")
-    call = {**_joined_call(checkpoints), **call}
+    found = fingerprint(pipe)
+    for one in checkpoints:
+        one.check(found, other_versions)
+    call = {**_joined_call(checkpoints, pipe._execution_device), **call}
     solver = fresh_copy(pipe.scheduler)
     with encoded_once(pipe):
         sigmas = sigma_grid(pipe, first.num_inference_steps, first.height, first.width, scheduler=solver, **call)
         for one in checkpoints:
-            one.check(pipe, sigmas, other_versions)
+            one.check_grid(sigmas)
         latents = torch.stack([one.latents for one in checkpoints]).to(pipe._execution_device)
         if first.next_step:
             restore(solver, checkpoints, pipe._execution_device)
@@ -233,11 +239,14 @@ def _begin(pipe, call, seeds, options, size, stepper, cache) -> _Run:
     full = sigma_grid(pipe, options.num_inference_steps, height, width, **call)
     native = sigma_grid(pipe, options.num_inference_steps, *shrunk, **call) if options.grid == "native" else full
     stepper = _stepper(pipe, stepper)
+    small = options.small_sigmas(full, native)
+    set_grid(fresh_copy(stepper), small)  # raises before the work, as do positions
+    with strided_positions(pipe, options):
+        pass
     if options.reevaluate and isinstance(stepper, ConsistencySolverScheduler):
         raise ValueError("reevaluate=True repeats a step, which a multistep solver would remember; use Euler.")
     report = {"chosen": None, "candidate_norms": None, "guidance_norms": [], "target_norm": None}
     report |= {"network_calls": {"full": options.full_steps, "small": options.small_evaluations}, "seconds": {}}
-    small = options.small_sigmas(full, native)
     report["sigmas"] = {"full": full.tolist(), "small": small.tolist()}
     return _Run(pipe, call, seeds, options, height, width, full, small, solver, stepper, cache, report)
 
@@ -457,7 +466,7 @@ def _timed(run: _Run, phase: str) -> Iterator[None]:
     run.report["seconds"][phase] = time.perf_counter() - start
 
 
-def _checkpoint(run: _Run, state: dict, row: int) -> Checkpoint:
+def _checkpoint(run: _Run, state: dict, made_by: dict, row: int) -> Checkpoint:
     """Where the full-size run of one picture was left."""
     history, numbers = row_of_history(state["history"], row)
     call, missing = _row_of_call(run.call, row, len(run.seeds))
@@ -472,7 +481,7 @@ def _checkpoint(run: _Run, state: dict, row: int) -> Checkpoint:
         numbers=numbers,
         call=call,
         missing=missing,
-        made_by=fingerprint(run.pipe),
+        made_by=made_by,
         seed=run.seeds[row],
     )
 
@@ -486,28 +495,38 @@ def _row_of_call(call: dict, row: int, batch_size: int) -> tuple[dict, list[str]
         elif isinstance(value, list | tuple) and len(value) == batch_size and name.endswith(("prompt", "_2", "_3")):
             kept[name] = [value[row]]
         elif isinstance(value, str | int | float | bool | None):
-            kept[name] = [value] if name.startswith("prompt") else value
+            kept[name] = [value] if isinstance(value, str) and name.startswith("prompt") else value
         else:
             missing.append(name)
     return kept, missing
 
 
-def _joined_call(checkpoints: list[Checkpoint]) -> dict:
-    """The call for several pictures of one run. Raises ValueError if they are of different runs."""
+def _joined_call(checkpoints: list[Checkpoint], device: torch.device) -> dict:
+    """The call for several pictures of one run, from files or not. Raises ValueError if they are of different runs."""
     first = checkpoints[0]
     same = ("next_step", "num_inference_steps", "height", "width", "sigmas", "missing")
     for one in checkpoints[1:]:
         if differing := [name for name in same if getattr(one, name) != getattr(first, name)]:
             raise ValueError(f"The checkpoints differ in {', '.join(differing)}; refine them one by one.")
+        if _alike(one.call) != _alike(first.call):
+            raise ValueError(
+                f"The checkpoints are of calls that differ: {_alike(first.call)}, {_alike(one.call)}; refine them one "
+                "by one."
+            )
     joined = {}
     for name, value in first.call.items():
         if isinstance(value, Tensor):
-            joined[name] = torch.cat([one.call[name] for one in checkpoints])
+            joined[name] = torch.cat([one.call[name] for one in checkpoints]).to(device)
         elif isinstance(value, list):
             joined[name] = [item for one in checkpoints for item in one.call[name]]
         else:
             joined[name] = value
     return joined
+
+
+def _alike(call: dict) -> dict:
+    """What the pictures of a batch share: numbers and texts by value, of tensors and lists that there are some."""
+    return {name: "one each" if isinstance(value, Tensor | list) else value for name, value in call.items()}
 
 
 def _row_of_report(run: _Run, row: int) -> dict:

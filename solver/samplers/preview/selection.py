@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SELECTION_STREAM = 1 << 40  # added to a picture's seed, so that its operators do not repeat the bits of its noise
+SELECTION_STREAM = 0x5E1EC700  # flips bits of a picture's seed, so that its operators do not repeat its noise
+
+
+def generator_beside(seed: int, stream: int = 0) -> torch.Generator:
+    """Random numbers that belong to a picture, and are not those of its noise.
+
+    The CPU generator reads the low 32 bits of a seed only: streams that differ above them are the same.
+    """
+    return torch.Generator().manual_seed((seed ^ (SELECTION_STREAM + stream)) & 0xFFFFFFFF)
 
 
 def phases(batch_size: int, height: int, width: int, scale: int) -> Tensor:
@@ -35,7 +43,7 @@ def random_selections(seeds: Sequence[int], height: int, width: int, scale: int)
         scale: s.
     """
     blocks = (height // scale, width // scale)
-    generators = [torch.Generator().manual_seed(seed + SELECTION_STREAM) for seed in seeds]
+    generators = [generator_beside(seed) for seed in seeds]
     order_BHWK = torch.stack([torch.rand(*blocks, scale**2, generator=g) for g in generators]).argsort(dim=-1)
     return order_BHWK.movedim(-1, 0)
 
@@ -87,7 +95,7 @@ def choose(rule: str, commutators_K: Tensor, seeds: Sequence[int]) -> Tensor:
     """
     norms_KB = torch.stack([norms(c) for c in commutators_K])
     if rule == "random":
-        generators = [torch.Generator().manual_seed(seed + SELECTION_STREAM + 1) for seed in seeds]
+        generators = [generator_beside(seed, 1) for seed in seeds]
         return torch.cat([torch.randint(len(norms_KB), (1,), generator=g) for g in generators])
     return (norms_KB.argmin(dim=0) if rule == "argmin" else norms_KB.argmax(dim=0)).cpu()
 

@@ -111,6 +111,8 @@ def test_own_sizes():
     assert default_size(tiny_pipeline("wan")[0]) == (480, 832)
     pipe, _ = tiny_pipeline("hunyuan-video")
     assert latent_shape(pipe) == (4, 33, 90, 160)  # 129 frames of 720 x 1280
+    with pytest.raises(ValueError, match=r"height=0, width=32.*multiples"):
+        latent_shape(pipe, 0, 32)
     with pytest.raises(ValueError, match=r"num_frames=4.*multiple of 4 plus 1"):
         latent_shape(pipe, 32, 32, 4)
     with pytest.raises(ValueError, match=r"num_frames=5: FluxPipeline makes images"):

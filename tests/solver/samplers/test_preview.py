@@ -2,16 +2,19 @@
 
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import TaylorSeerCacheConfig, UniPCMultistepScheduler
 from peft import LoraConfig
 from tiny_pipelines import tiny_pipeline
 
 from solver import ConsistencySolverScheduler
 from solver.samplers.cascade import Segment, run_segment, sigma_grid
+from solver.samplers.digest import weights_digest
 from solver.samplers.latents import decode, denoiser, initial_noise, latent_shape, pack, unpack
 from solver.samplers.preview import Checkpoint, PreviewOptions, preview, refine
 from solver.samplers.preview.selection import block_mean, phases, random_selections, subsample
@@ -80,7 +83,7 @@ def test_preview_and_refinement_in_every_family(family, tmp_path):
 
 def test_a_refined_picture_is_the_pipelines_own():
     pipe, call = shared("flux")
-    picture = refine(pipe, preview(pipe, None, 7, OPTIONS, **IMAGE, **call).checkpoint)
+    picture = refine(pipe, preview(pipe, None, 7, OPTIONS, prompt_2=None, **IMAGE, **call).checkpoint)
     noise = pack(pipe, initial_noise([7], (4, 16, 16)))
     assert picture == pipe(**call, **IMAGE, latents=noise, num_inference_steps=STEPS).images[0]
 
@@ -281,6 +284,18 @@ def test_lora_is_part_of_what_a_checkpoint_knows():
             module.scaling["default"] = 0.5
     with pytest.raises(ValueError, match=r"of another pipeline.*adapters.*1\.0.*then.*0\.5"):
         refine(pipe, adapted.checkpoint)
+    pipe.transformer.disable_adapters()
+    with pytest.raises(ValueError, match=r"of another pipeline.*adapters.*1\.0.*then, {} now"):
+        refine(pipe, adapted.checkpoint)
+
+
+def test_weights_that_wait_elsewhere_are_the_same_weights():
+    """Sequential offloading leaves placeholders without values in the networks."""
+    pipe, _ = tiny("sd3")
+    expected = weights_digest(pipe)
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    assert pipe.transformer.proj_out.weight.is_meta
+    assert weights_digest(pipe) == expected
 
 
 def test_feature_caches():
@@ -353,11 +368,20 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="StableDiffusionPipeline with DDIMScheduler is no flow model"):
         preview(unet, None, 7, OPTIONS, **IMAGE, **unet_call)
     sd3, sd3_call = shared("sd3")
-    with pytest.raises(ValueError, match=r"strided.*SD3Transformer2DModel"):
-        preview(sd3, None, 7, with_options(positions="strided"), **IMAGE, **sd3_call)
+    with counted(sd3) as calls:  # before the work
+        with pytest.raises(ValueError, match=r"strided.*SD3Transformer2DModel"):
+            preview(sd3, None, 7, with_options(positions="strided"), **IMAGE, **sd3_call)
+        with pytest.raises(ValueError, match="UniPCMultistepScheduler cannot be set to given sigmas"):
+            preview(sd3, None, 7, OPTIONS, stepper=UniPCMultistepScheduler(), **IMAGE, **sd3_call)
+        assert not calls
     shown = preview(sd3, None, 7, OPTIONS, **IMAGE, **sd3_call)
     with pytest.raises(ValueError, match="pipeline: StableDiffusion3Pipeline then, FluxPipeline now"):
         refine(pipe, shown.checkpoint)
+    with pytest.raises(ValueError, match="pipeline: StableDiffusion3Pipeline then, WanPipeline now"):
+        refine(shared("wan")[0], shown.checkpoint)  # whose call takes other arguments
+    guided = replace(shown.checkpoint, call={**shown.checkpoint.call, "guidance_scale": 5.0})
+    with pytest.raises(ValueError, match="of calls that differ"):
+        refine(sd3, [shown.checkpoint, guided])
     shown.checkpoint.made_by["versions"] = {"torch": "0.1", "diffusers": "0.1"}
     with pytest.raises(ValueError, match=r"versions.*0.1"):
         refine(sd3, shown.checkpoint)

@@ -8,11 +8,12 @@ from tiny_flux import save_tiny_flux
 
 from evaluation.rendering import load_pipeline
 from sample import main
+from solver.samplers.calls import text_length
 from solver.samplers.latents import initial_noise, latent_shape, pack
 
 SIZE = 32
 ARGUMENTS = ["--prompt", "a red ring", "--seed", "7", "--height", str(SIZE), "--width", str(SIZE)]
-OPTIONS = ["--steps", "6", "--switch", "2", "--guided_steps", "0.34", "--kappa", "1"]
+OPTIONS = ["--steps", "6", "--switch", "2", "--guided_steps", "0.34", "--kappa", "1", "--guidance_scale", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +40,13 @@ def test_a_proof_sheet_and_the_picked_picture(model, folder, tmp_path):
     pipe = load_pipeline(str(model), "float32", "cpu")
     noise = pack(pipe, initial_noise([9], latent_shape(pipe, SIZE, SIZE)))
     call = {"height": SIZE, "width": SIZE, "latents": noise, "num_inference_steps": 6}
+    call |= {"true_cfg_scale": 2.0, "negative_prompt": "", **text_length(pipe)}  # what guidance is for this model
     with Image.open(full) as refined:
         assert refined.tobytes() == pipe("a red ring", **call).images[0].tobytes()
         assert refined.text["proofsheet:seed"] == "9"
 
 
-def test_errors(folder, tmp_path):
+def test_errors(model, folder, tmp_path):
     out = ["--output", str(tmp_path / "x.png")]
     with pytest.raises(ValueError, match="--pick None: expected 1 to 5"):
         main(["refine", "--preview", str(folder), *out])
@@ -56,3 +58,5 @@ def test_errors(folder, tmp_path):
         main(["refine", "--preview", str(folder / "1.png"), "--pick", "2", *out])
     with pytest.raises(ValueError, match="--candidates 0: expected at least 1"):
         main(["preview", "--model", "m", "--candidates", "0", *out, *ARGUMENTS])
+    with pytest.raises(ValueError, match="--num_frames: not an argument of FluxPipeline"):
+        main(["preview", "--model", str(model), "--num_frames", "5", *out, *ARGUMENTS])

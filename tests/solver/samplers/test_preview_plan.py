@@ -55,6 +55,12 @@ def test_operators_belong_to_the_seed():
     assert (counts / counts.sum() - 0.25).abs().max() < 0.01  # no phase is preferred
 
 
+def test_operators_do_not_repeat_the_noise():
+    """The CPU generator reads 32 bits of a seed: a stream that differs above them is the noise again."""
+    noise_order = torch.rand(4, 4, 4, generator=torch.Generator().manual_seed(7)).argsort(dim=-1).movedim(-1, 0)
+    assert not torch.equal(random_selections([7], 8, 8, 2)[:, 0], noise_order)
+
+
 def test_phases_are_strides():
     x = noise(1, 2, 6, 6)
     assert torch.equal(subsample(x, phases(1, 6, 6, 2)[0], 2), x[..., ::2, ::2])
@@ -230,6 +236,8 @@ def test_explain_on_the_command_line(capsys):
     assert report["phases"][0]["size"] == [512, 1024] and report["phases"][0]["steps"] == 16
     with pytest.raises(ValueError, match=r"height=1024, width=1000: .* multiples of 32"):
         main(["preview", "--explain", "--width", "1000", "--height", "1024"])
+    with pytest.raises(ValueError, match="height=0, width=1024: expected positive"):
+        main(["preview", "--explain", "--height", "0"])
     with pytest.raises(ValueError, match="family 'none': expected one of flux"):
         main(["preview", "--explain", "--family", "none"])
     with pytest.raises(ValueError, match="--model, --prompt, --seed, --output: needed"):
@@ -251,6 +259,13 @@ def test_translation_moves_by_whole_elements():
     torch.testing.assert_close(image[..., 0, :5], x[..., 0, 3:])  # the border goes on
     videos = move_image(x[:, :, None].expand(1, 2, 3, 8, 8), flow)
     torch.testing.assert_close(videos[:, :, 2], image)
+
+
+def test_noise_moved_by_half_an_element_is_kept():
+    """Halves go all to the same side, so that no element is asked for twice."""
+    x, fresh = noise(1, 2, 8, 8), noise(1, 2, 8, 8, seed=1)
+    moved, share = move_noise(x, translate(0, 4)(8, 8, 8), fresh)
+    assert torch.equal(moved, x) and share == 0
 
 
 def test_warped_noise_stays_white():
