@@ -254,8 +254,11 @@ class DistillationConfig(SolverRunConfig):
                 f"max_inference_steps={self.max_inference_steps} is below "
                 f"min_inference_steps={self.min_inference_steps}."
             )
-        if self.solver_order < 2:
-            raise ValueError(f"solver_order={self.solver_order}: one weight is always 1, there is nothing to fit.")
+        if self.solver_order < 2 or not self.learn_weights:
+            raise ValueError(
+                f"solver_order={self.solver_order}, learn_weights={self.learn_weights}: the weights alone are fitted, "
+                "and a single one is always 1."
+            )
 
 
 def open_run(config: SolverRunConfig, batch_size: int):
@@ -280,6 +283,7 @@ def distill(config: DistillationConfig) -> ConsistencySolverScheduler:
     step_counts = range(config.min_inference_steps, config.max_inference_steps + 1)
     cells = fit_actions(renderer, dataset, step_counts, config.num_rows, config.teacher_substeps)
     error = fit_policy(scheduler, cells, grids={steps: renderer.grid(steps) for steps in step_counts})
+    scheduler.extend_trained_steps(step_counts)
     scheduler.save_pretrained(config.output_dir)
     print(f"{config.output_dir}: {len(cells)} cells, the policy meets their weights to {error:.3f} (rms).")
     return scheduler

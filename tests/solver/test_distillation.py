@@ -167,7 +167,8 @@ def test_distilled_flow_solver_beats_its_base_rule_on_other_seeds(flow):
     [
         ({"min_inference_steps": 0}, "min_inference_steps=0: expected at least 1"),
         ({"max_inference_steps": 1}, "max_inference_steps=1 is below min_inference_steps=2"),
-        ({"solver_order": 1}, "solver_order=1: one weight is always 1"),
+        ({"solver_order": 1}, "solver_order=1, learn_weights=True: the weights alone are fitted"),
+        ({"learn_weights": False}, "learn_weights=False: the weights alone are fitted"),
         ({"teacher_substeps": 0}, "teacher_substeps=0"),
     ],
 )
