@@ -97,8 +97,8 @@ def explain(given: Namespace, schedule) -> str:
     planned = plan(
         NETWORKS[NETWORK.get(given.family, given.family)],
         schedule,
-        given.height or 1024,
-        given.width or 1024,
+        1024 if given.height is None else given.height,
+        1024 if given.width is None else given.width,
         PLAIN_STEPS[given.family] if given.plain_steps is None else given.plain_steps,
         given.text_tokens,
         attention=not given.without_attention,

@@ -32,6 +32,7 @@ class Network:
         pixels: side of an image token in pixels.
         frames: frames that share a token; the first one stands alone (1 for images).
         text_encoding: FLOPs of the text encoders in a run, 0 where they are not known here.
+        t5_tokens: how many of the text's tokens T5 makes; 0 where no T5 is in `text_encoding`.
         decoding: FLOPs of the VAE's decoder a pixel without its attention, 0 where they are not known here.
     """
 
@@ -47,6 +48,7 @@ class Network:
     pixels: int = 16
     frames: int = 1
     text_encoding: float = 0.0
+    t5_tokens: int = 0
     decoding: float = 0.0
 
 
@@ -300,16 +302,18 @@ def clip_text(layers: int, width: int, tokens: int = 77) -> float:
 KL_DECODER = 9_922_448_261_120 / 1024**2
 CLIP_L, CLIP_G = clip_text(12, 768), clip_text(32, 1280)
 
-FLUX_DEV = replace(flux(guidance_embeds=True), text_encoding=t5_xxl(512) + CLIP_L, decoding=KL_DECODER)
+FLUX_DEV = replace(flux(guidance_embeds=True), text_encoding=t5_xxl(512) + CLIP_L, t5_tokens=512, decoding=KL_DECODER)
 SD3_ENCODING = t5_xxl(256) + CLIP_L + CLIP_G
 SD3_MEDIUM = replace(
     sd3(num_layers=24, num_attention_heads=24, caption_projection_dim=1536),
     text_encoding=2 * SD3_ENCODING,
+    t5_tokens=256,
     decoding=KL_DECODER,
 )
 SD35_LARGE = replace(
     sd3(num_layers=38, num_attention_heads=38, caption_projection_dim=2432),
     text_encoding=2 * SD3_ENCODING,
+    t5_tokens=256,
     decoding=KL_DECODER,
 )
 # A UNet has no single width: counted on its shape at two sizes and two lengths of the text. A token is a latent pixel.
@@ -328,11 +332,12 @@ SDXL = Network(
 
 NETWORKS: dict[str, Network] = {
     "flux-dev": FLUX_DEV,
-    "flux-schnell": replace(flux(), text_encoding=t5_xxl(512) + CLIP_L, decoding=KL_DECODER),
+    "flux-schnell": replace(flux(), text_encoding=t5_xxl(512) + CLIP_L, t5_tokens=512, decoding=KL_DECODER),
     "sd3-medium": SD3_MEDIUM,
     "sd3.5-medium": replace(
         sd3(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, dual_attention_layers=range(13)),
         text_encoding=2 * SD3_ENCODING,
+        t5_tokens=256,
         decoding=KL_DECODER,
     ),
     "sd3.5-large": SD35_LARGE,
@@ -346,6 +351,14 @@ NETWORKS: dict[str, Network] = {
 
 
 def text_length(network: Network, tokens: int) -> Network:
-    """The network with T5 prompts of another length; of the FLUX.1 models, whose encoders are known."""
-    encoding = network.text_encoding and t5_xxl(tokens) + CLIP_L
-    return replace(network, text_tokens=tokens, text_encoding=encoding)
+    """The network with prompts of another length, which T5 reads where it is known.
+
+    Raises:
+        ValueError: `tokens` is negative, or less than other encoders than T5 give.
+    """
+    t5 = network.t5_tokens + tokens - network.text_tokens if network.t5_tokens else 0
+    if tokens < 0 or t5 < 0:
+        least = network.text_tokens - network.t5_tokens if network.t5_tokens else 0
+        raise ValueError(f"text_tokens={tokens}: expected at least {least}.")
+    more = network.branches * (t5_xxl(t5) - t5_xxl(network.t5_tokens))
+    return replace(network, text_tokens=tokens, t5_tokens=t5, text_encoding=network.text_encoding + more)

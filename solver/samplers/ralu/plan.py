@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
-from solver.samplers.cost import Network, decoding_flops, image_tokens, run_flops
+from solver.samplers.cost import Network, decoding_flops, image_tokens, run_flops, text_length
 from solver.samplers.ralu.edges import number_of_fine
 from solver.samplers.ralu.schedule import PRESETS, Schedule, at_bound, solve
 
@@ -36,6 +36,8 @@ def as_schedule(
         raise ValueError(f"steps={steps}, ends={ends}: a schedule of one's own needs both.")
     if isinstance(preset, str) and preset not in PRESETS:
         raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}.")
+    if preset is None and steps is None:
+        raise ValueError("preset=None: expected a preset, or steps and ends of a schedule of one's own.")
     known = PRESETS[preset] if isinstance(preset, str) else preset
     if steps is None and shift is None:
         return known if ratio is None else replace(known, ratio=ratio)
@@ -77,18 +79,19 @@ def plan(
         reference_tokens: of a picture to edit, which run along in every stage.
 
     Raises:
-        ValueError: the size does not divide by twice a token.
+        ValueError: the size does not divide by twice a token, or a number is too small.
     """
     if height % (2 * network.pixels) or width % (2 * network.pixels):
         raise ValueError(f"height={height}, width={width}: expected multiples of {2 * network.pixels} pixels.")
     if plain_steps < 1:
         raise ValueError(f"plain_steps={plain_steps}: expected at least 1.")
+    network = network if text_tokens is None else text_length(network, text_tokens)
     full = image_tokens(network, height, width)
     tokens = stage_tokens(schedule, full)
 
     def tflops(evaluations, *decoded) -> float:
         with_reference = [(n + reference_tokens, steps) for n, steps in evaluations]
-        denoiser = run_flops(network, with_reference, text_tokens, attention)
+        denoiser = run_flops(network, with_reference, attention=attention)
         pictures = sum(decoding_flops(network, *size, attention) for size in decoded)
         return (network.text_encoding + denoiser + pictures) / 1e12
 

@@ -12,13 +12,19 @@ from diffusers import (
 )
 from torch import Tensor
 
+PROMPTS = ("prompt", "negative_prompt")
+
 
 def encoded(pipe: DiffusionPipeline, call: dict) -> dict:
     """The call with embeddings in place of prompts, so that three stages encode them once.
 
-    Of pipelines that are not known here, and where a LoRA's scale is in the call, it stays as it is.
+    Embeddings that the call has already, of negative prompts for instance, stay. Of pipelines that are not known here,
+    where a LoRA's scale is in the call, and where a prompt comes with its embeddings, which the pipeline refuses, the
+    call stays as it is.
     """
     if call.get("prompt") is None or "scale" in (call.get("joint_attention_kwargs") or {}):
+        return call
+    if any(call.get(name) is not None and call.get(f"{name}_embeds") is not None for name in PROMPTS):
         return call
     embed = {
         FluxPipeline: _flux_embeds,
@@ -31,7 +37,8 @@ def encoded(pipe: DiffusionPipeline, call: dict) -> dict:
     text = {name: call[name] for name in call if name.startswith(("prompt", "negative_prompt"))}
     length = {name: call[name] for name in ("max_sequence_length",) if name in call}
     rest = {name: value for name, value in call.items() if name not in text}
-    return rest | embed(pipe, call, text, length)
+    given = {name: value for name, value in text.items() if "embeds" in name and value is not None}
+    return rest | embed(pipe, call, text, length) | given
 
 
 def _flux_embeds(pipe, call, text, length) -> dict:

@@ -130,6 +130,8 @@ def ralu(
         ValueError: anything that does not fit together, said before the first step: the family, sizes, stages, numbers
             of prompts and seeds, a cache that is on already, arguments in `call` that are said otherwise here.
     """
+    if isinstance(shift, str) and shift != "own":
+        raise ValueError(f"shift={shift!r}: expected a number, 'own' or None.")
     run = prepare(pipe, prompt, seed, height, width, call)
     if shift == "own" or (steps is not None and shift is None):
         shift = scheduler_shift(pipe.scheduler, run.tokens)
@@ -216,10 +218,13 @@ def prepare(pipe, prompt, seed, height=None, width=None, call: dict | None = Non
         )
     if patch_size(pipe) != 2:
         raise ValueError(f"Tokens of {patch_size(pipe)} x {patch_size(pipe)} latents: RALU is made for 2 x 2.")
-    height, width = height or default_size(pipe)[0], width or default_size(pipe)[1]
+    own_height, own_width = default_size(pipe)
+    height, width = own_height if height is None else height, own_width if width is None else width
     multiple = 2 * vae_factor(pipe) * patch_size(pipe)
-    if height % multiple or width % multiple:
-        raise ValueError(f"height={height}, width={width}: RALU needs multiples of {multiple}, twice a token.")
+    if height % multiple or width % multiple or min(height, width) <= 0:
+        raise ValueError(
+            f"height={height}, width={width}: RALU needs positive multiples of {multiple}, twice a token."
+        )
     call, seeds = _picture_call(prompt, seed, dict(call or {}))
     generators = [torch.Generator().manual_seed(int(one)) for one in seeds]
     return Run(pipe, encoded(pipe, call), height, width, generators)

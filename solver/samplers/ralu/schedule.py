@@ -101,7 +101,7 @@ def stage_starts(ends: Sequence[float], Z: float) -> tuple[float, ...]:
 
 def sigma_grid(start: float, end: float, shift: float, steps: int) -> list[float]:
     """steps + 1 sigmas, equally spaced before the shift h: sigma = h u / (1 + (h-1) u). Both ends are exact."""
-    u = np.linspace(_unshift(start, shift), _unshift(end, shift), steps + 1)
+    u = np.linspace(_unshift(start, shift), _unshift(end, shift), int(steps) + 1)
     sigmas = shift * u / (1 + (shift - 1) * u)
     return [start, *sigmas[1:-1].tolist(), end]
 

@@ -5,9 +5,23 @@ import json
 import pytest
 
 import sample
-from solver.samplers.cost import NETWORKS
+from solver.samplers.cost import NETWORKS, text_length
 from solver.samplers.ralu.plan import as_schedule, plan, stage_tokens
 from solver.samplers.ralu.schedule import PRESETS, PUBLISHED_SHIFT
+
+
+def test_shorter_prompts_cost_the_text_encoder_less_too():
+    """The published 5x row is one of 256 text tokens, in T5 as in the transformer."""
+    given = {"plain_steps": 50, "text_tokens": 256, "attention": False}
+    assert plan(NETWORKS["flux-dev"], PRESETS["5x"], 1024, 1024, **given)["tflops"]["total"] == pytest.approx(
+        540.47, rel=1e-3
+    )
+    for family in ("sd3-medium", "sdxl", "qwen-image"):  # the usual length, said: nothing changes
+        usual = text_length(NETWORKS[family], NETWORKS[family].text_tokens)
+        assert usual == NETWORKS[family]
+    for family, tokens in (("flux-dev", -1), ("sd3-medium", 76), ("qwen-image", -1)):
+        with pytest.raises(ValueError, match=f"text_tokens={tokens}"):
+            text_length(NETWORKS[family], tokens)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +66,8 @@ def test_schedules_that_are_meant():
     assert as_schedule(None, (5, 6, 7), (0.3, 0.45, 1.0)).shift == PUBLISHED_SHIFT
     with pytest.raises(ValueError, match="preset='9x'"):
         as_schedule("9x")
+    with pytest.raises(ValueError, match="preset=None"):
+        as_schedule(None)
     with pytest.raises(ValueError, match="needs both"):
         as_schedule("4x", ends=(0.3, 0.45, 1.0))
     with pytest.warns(UserWarning, match="h_1 on its bound"):
@@ -76,6 +92,8 @@ def test_command_explains(capsys):
     assert "1945" in table and "4.33x" in table
     with pytest.raises(ValueError, match="--family"):
         sample.main(["ralu", "--explain"])
+    with pytest.raises(ValueError, match="height=0"):
+        command("--explain --family flux --height 0")
     with pytest.raises(ValueError, match="three stages"):
         command("--explain --family flux --steps 5 6 7 8 --ends .1 .3 .45 1")
     with pytest.raises(ValueError, match="--output"):

@@ -276,14 +276,25 @@ def test_other_shapes():
 
 
 def test_embeddings_pass_through():
+    """Of prompts, and of negative prompts beside prompts; a prompt beside its embeddings is left to the pipeline."""
     pipe, call = tiny("flux")
     assert encoded(pipe, call) == call
+    pipe.encode_prompt = lambda prompts, prompt_2, **_: (call["prompt_embeds"], call["pooled_prompt_embeds"], None)
+    negative = {f"negative_{name}": -call[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+    half_encoded = encoded(pipe, {"prompt": ["a"], **negative})
+    assert half_encoded["prompt_embeds"] is call["prompt_embeds"]
+    assert all(half_encoded[name] is value for name, value in negative.items())
+    twice = {"prompt": ["a"], **call}
+    assert encoded(pipe, twice) is twice
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"height": 28}, "height=28, width=32: RALU needs multiples of 8"),
+        ({"height": 28}, "height=28, width=32: RALU needs positive multiples of 8"),
+        ({"height": 0}, "height=0, width=32: RALU needs positive"),
+        ({"width": -32}, "height=32, width=-32: RALU needs positive"),
+        ({"shift": "auto"}, "shift='auto': expected a number"),
         ({"seed": [1, 2]}, "1 prompts and 2 seeds"),
         ({"preset": "6x"}, "preset='6x': expected one of 4x"),
         ({"preset": SHORT, "ratio": 1.0}, "ratio=1.0"),

@@ -77,6 +77,7 @@ def test_restart_points():
 def test_grid_is_uniform_before_the_shift():
     sigmas = np.array(sigma_grid(0.9, 0.2, 4.0, 7))
     assert np.diff(sigmas / (4 - 3 * sigmas)) == pytest.approx(np.full(7, np.diff(sigmas / (4 - 3 * sigmas))[0]))
+    assert sigma_grid(1.0, 0.0, 1.0, 4.0) == sigma_grid(1.0, 0.0, 1.0, 4)  # whole numbers are whole numbers
     assert sigma_grid(1.0, 0.0, 1.0, 4) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
 
 
