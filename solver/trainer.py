@@ -100,6 +100,9 @@ class ConsistencySolverTrainer(Trainer):
         self.scorer = Scorer(self.renderer, reward_funcs, args.reward_weights, self.accelerator)
         self.train_rows = rows_by_guidance(train_dataset, args.guidance_scales, args.prompts_per_iteration)
         self.eval_rows = None if eval_dataset is None else rows_by_guidance(eval_dataset, args.guidance_scales)
+        scales = sorted(self.train_rows)
+        scheduler.register_to_config(guidance_scale=scales[(len(scales) - 1) // 2])  # for users who name none
+        scheduler.guidance_scale = scheduler.config.guidance_scale
         self._rollouts: Rollouts | None = None
         self._rollout_seconds = 0.0  # within the running update
         self._base_evaluation: tuple[dict, dict] | None = None

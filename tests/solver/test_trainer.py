@@ -71,6 +71,15 @@ def test_categorical_head_learns_too(tmp_path):
     assert trainer.evaluate()["eval_reward"] > before + 0.5  # dB; the weights alone have little to give
 
 
+def test_the_solver_remembers_what_it_is_trained_on(tmp_path):
+    """The fewest and the most steps, and the middle guidance scale, for users who name none."""
+    rows = toy_dataset(24, (1.5, 3.0, 5.0, 7.5))
+    trainer = make_trainer(tmp_path, (rows, rows), inference_steps=[6, 4], prompts_per_iteration=2)
+    trainer.save_model(tmp_path / "solver")
+    solver = ConsistencySolverScheduler.from_pretrained(tmp_path / "solver")
+    assert solver.config.trained_steps == [4, 6] and solver.guidance_scale == 3.0
+
+
 # -- the loss ---------------------------------------------------------------------------------------------------------
 
 
