@@ -62,11 +62,16 @@ def check_edit(
     return {"done": bool(done), "untouched": bool(untouched)}
 
 
-def background_of(image_CHW: torch.Tensor, is_background_HW: np.ndarray, scene: "Scene") -> str:
-    """The background of `BACKGROUNDS` that a picture's own is nearest to, in squared difference of colours."""
+def background_of(image_CHW: torch.Tensor, is_background_HW: np.ndarray, scene: "Scene") -> str | None:
+    """The background of `BACKGROUNDS` that a picture's own is nearest to, in squared difference of colours.
+
+    None where nothing of it is to be seen.
+    """
     renders = render_batch([replace(scene, background=name) for name in BACKGROUNDS], tuple(image_CHW.shape[1:]))
     mask = torch.from_numpy(is_background_HW)[None, None].float()
     mask = torch.nn.functional.interpolate(mask, image_CHW.shape[1:])[0, 0].bool() & (renders.segmentation[0] == 0)
+    if not mask.any():
+        return None
     difference = (renders.image.float() / 255 - image_CHW.cpu().float()).square().mean(1)
     return BACKGROUNDS[int(difference[:, mask].mean(1).argmin())]
 

@@ -41,19 +41,21 @@ class Prompts:
         sources: what each of them is to change, for `source_picture`; None if they are not instructions.
         empty: prompts without a visible character.
         duplicates: prompts that had come before.
+        edited: the scenes that they should lead to, where that is known: of `edits:`; else None.
     """
 
     texts: tuple[str, ...]
     empty: int = 0
     duplicates: int = 0
     sources: "tuple[Source, ...] | None" = None
+    edited: "tuple[Scene, ...] | None" = None
 
     @property
     def sha256(self) -> str:
         """Identifies the prompts, their pictures, and their order."""
         digest = hashlib.sha256(json.dumps(self.texts).encode())
         for source in self.sources or ():
-            digest.update(_identity(source))
+            digest.update(source_identity(source))
         return digest.hexdigest()
 
 
@@ -103,48 +105,51 @@ def source_picture(source: "Source", height: int, width: int) -> "torch.Tensor":
     return render_batch([source], (height, width)).image[0]
 
 
-def _identity(source: "Source") -> bytes:
+def source_identity(source: "Source") -> bytes:
+    """32 bytes that tell pictures to edit apart."""
     return hashlib.sha256(source if isinstance(source, bytes) else repr(source).encode()).digest()
 
 
-def _keep(candidates: "Iterable[tuple[str | None, Source | None]]", num_prompts: int | None) -> Prompts:
+def _keep(candidates: "Iterable[tuple[str | None, Source | None, Scene | None]]", num_prompts: int | None) -> Prompts:
     kept: dict[tuple, tuple] = {}
     empty = duplicates = 0
-    for candidate, source in candidates:
+    for candidate, source, edited in candidates:
         text = (candidate or "").strip()
-        key = (text, source if source is None else _identity(source))
+        key = (text, source if source is None else source_identity(source))
         if not text:
             empty += 1
         elif key in kept:
             duplicates += 1
         else:
-            kept[key] = text, source
+            kept[key] = text, source, edited
         if len(kept) == num_prompts:
             break
-    texts, sources = zip(*kept.values(), strict=True) if kept else ((), ())
-    return Prompts(texts, empty, duplicates, None if None in sources or not sources else sources)
+    texts, *others = zip(*kept.values(), strict=True) if kept else ((), (), ())
+    sources, edited = (None if None in values or not values else values for values in others)
+    return Prompts(texts, empty, duplicates, sources, edited)
 
 
 def _open(
     source: str, num_prompts: int | None, column: str, split: str, image_column: str | None
-) -> "Iterator[tuple[str | None, Source | None]]":
-    kind, _, world_split = source.partition(":")
-    if kind == "edits":
+) -> "Iterator[tuple[str | None, Source | None, Scene | None]]":
+    path, (kind, colon, world_split) = Path(source), source.partition(":")
+    is_world = colon and kind in ("scenes", "edits")
+    is_text = path.suffix not in FORMATS and path.is_file()
+    if image_column is not None and (is_world or is_text):
+        raise ValueError(f"image_column={image_column!r}: {source!r} has no columns; leave it out.")
+    if is_world and kind == "edits":
         return _scene_edits(world_split, num_prompts)
-    if image_column is not None:
-        return _edit_columns(source, column, image_column, split)
-    return ((text, None) for text in _texts(source, num_prompts, column, split))
-
-
-def _texts(source: str, num_prompts: int | None, column: str, split: str) -> Iterator[str | None]:
-    if source.startswith("scenes:"):
-        return _scene_captions(source.removeprefix("scenes:"), num_prompts)
-    path = Path(source)
-    if path.suffix not in FORMATS and path.is_file():
-        return iter(path.read_text(encoding="utf-8").splitlines())
-    if not path.exists() and (path.suffix in {*FORMATS, ".txt"} or source.count("/") > 1 or path.is_absolute()):
+    if is_world:
+        texts = _scene_captions(world_split, num_prompts)
+    elif is_text:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    elif not path.exists() and (path.suffix in {*FORMATS, ".txt"} or source.count("/") > 1 or path.is_absolute()):
         raise FileNotFoundError(f"prompts={source!r}: there is no such file or folder.")
-    return _dataset_column(source, column, split)
+    elif image_column is not None:
+        return _edit_columns(source, column, image_column, split)
+    else:
+        texts = _dataset_column(source, column, split)
+    return ((text, None, None) for text in texts)
 
 
 def _scene_captions(split: str, num_prompts: int | None) -> Iterator[str]:
@@ -155,22 +160,24 @@ def _scene_captions(split: str, num_prompts: int | None) -> Iterator[str]:
     return (caption(Scene.random(seed, split), random.Random(seed)).text for seed in count())
 
 
-def _scene_edits(split: str, num_prompts: int | None) -> "Iterator[tuple[str, Scene]]":
+def _scene_edits(split: str, num_prompts: int | None) -> "Iterator[tuple[str, Scene, Scene]]":
     from data.scenes import numbered_edit
 
     if num_prompts is None:
         raise ValueError(f"prompts='edits:{split}' never end: say how many with num_prompts.")
-    return ((instruction, scene) for instruction, scene, _ in (numbered_edit(n, split) for n in count()))
+    return (numbered_edit(n, split) for n in count())
 
 
-def _edit_columns(source: str, column: str, image_column: str, split: str) -> Iterator[tuple[str | None, bytes]]:
+def _edit_columns(source: str, column: str, image_column: str, split: str) -> Iterator[tuple[str | None, bytes, None]]:
     from datasets import Image
 
     rows = _select(source, split, [column, image_column]).cast_column(image_column, Image(decode=False))
     for row in rows:
         image = row[image_column]
+        if image is None:
+            raise ValueError(f"{source!r}: column {image_column!r} has no picture for {row[column]!r}.")
         encoded = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-        yield _checked(row[column], source, column), encoded
+        yield _checked(row[column], source, column), encoded, None
 
 
 def _dataset_column(source: str, column: str, split: str) -> Iterator[str | None]:

@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
 from data.scenes import BACKGROUNDS, EDITS, Scene, check_edit, edit, numbered_edit, render
 
@@ -58,6 +59,13 @@ def test_a_move_must_go_the_right_way():
     back = replace(old, x=2 * old.x - half.x, y=2 * old.y - half.y)
     assert answer(replace(source, solids=(half,)), source, edited) == YES
     assert not answer(replace(source, solids=(back,)), source, edited)["done"]
+
+
+def test_a_picture_of_no_background_is_on_none():
+    source, edited = next((s, e) for s, e in edits_of("background", 30) if e.background == BACKGROUNDS[0])
+    picture = render(edited, 64)
+    hidden = torch.where(picture.segmentation == 0, -1, picture.segmentation)  # a class that no solid has
+    assert not check_edit(picture.image.permute(2, 0, 1) / 255, hidden, source, edited)["done"]
 
 
 def test_the_size_of_the_picture_does_not_matter():

@@ -2,10 +2,10 @@ import json
 import random
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Image, Value
 
 from data.prompts import read_prompts
-from data.scenes import Scene, caption
+from data.scenes import Scene, caption, numbered_edit
 
 TEXTS = ["a red ball", "", "a blue cube", "a red ball", "   ", "  a green cone  ", "a blue cube"]
 DISTINCT = ("a red ball", "a blue cube", "a green cone")
@@ -78,11 +78,32 @@ def test_nothing_usable_is_an_error(tmp_path):
         ({"source": "missing.txt"}, FileNotFoundError, "no such file"),
         ({"source": "missing.parquet"}, FileNotFoundError, "no such file"),
         ({"source": "/missing/folder"}, FileNotFoundError, "no such file"),
+        ({"source": "missing.parquet", "image_column": "image"}, FileNotFoundError, "no such file"),
+        ({"source": "edits:test", "num_prompts": 3, "image_column": "image"}, ValueError, "image_column='image'"),
+        ({"source": "scenes:test", "num_prompts": 3, "image_column": "image"}, ValueError, "image_column='image'"),
+        ({"source": __file__, "image_column": "image"}, ValueError, "image_column='image'"),
     ],
 )
 def test_bad_sources_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         read_prompts(**arguments)
+
+
+def test_edits_come_with_the_scenes_they_lead_to():
+    prompts = read_prompts("edits:test", 5)
+    assert list(zip(prompts.texts, prompts.sources, prompts.edited, strict=True)) == [
+        numbered_edit(n, "test") for n in range(5)
+    ]
+    assert read_prompts("scenes:test", 5).edited is None
+
+
+def test_a_row_without_a_picture_is_named(tmp_path):
+    rows = Dataset.from_dict(
+        {"say": ["dye it"], "image": [None]}, Features({"say": Value("string"), "image": Image()})
+    )
+    rows.to_parquet(tmp_path / "edits.parquet")
+    with pytest.raises(ValueError, match="'image' has no picture for 'dye it'"):
+        read_prompts(str(tmp_path / "edits.parquet"), column="say", image_column="image")
 
 
 def test_bad_columns_and_splits_are_named(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset, Features, Image, List, Value
 from diffusers import FluxKontextPipeline, FluxPipeline
 from test_rollout import count_rows
 from tiny_flux import save_tiny_flux
@@ -15,7 +16,6 @@ from data.noise import initial_noise
 from data.prompts import read_prompts, source_picture
 from data.scenes import numbered_edit, render
 from data.teacher import open_pipeline
-from datasets import Dataset, Features, Image, List, Value
 from rewards import load_reward
 from solver import ConsistencySolverScheduler
 from solver.rollout import Renderer, rows_of
