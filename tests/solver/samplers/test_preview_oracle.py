@@ -49,8 +49,8 @@ def decibels(oracle):
     """Signal to noise of previews against the block means of their full-size pictures: options → (B,)."""
     pipe, call = oracle
 
-    def measure(**changes):
-        shown = preview(pipe, None, SEEDS, PreviewOptions(**changes), height=SIZE, width=SIZE, **call)
+    def measure(seeds=SEEDS, **changes):
+        shown = preview(pipe, None, seeds, PreviewOptions(**changes), height=SIZE, width=SIZE, **call)
         full = block_mean(refine(pipe, [one.checkpoint for one in shown], output_type="latent"), 2)
         error = torch.stack([one.latents for one in shown]) - full
         return 10 * torch.log10(full.square().mean((1, 2, 3)) / error.square().mean((1, 2, 3)))
@@ -65,9 +65,13 @@ def better(one, other):
 
 
 def test_the_choice_of_the_operator(decibels):
-    argmin, random, argmax = (decibels(guided_steps=0, selection=rule) for rule in ("argmin", "random", "argmax"))
-    assert better(argmin, random) > 2 and better(random, argmax) > 2
-    assert better(argmin, decibels(guided_steps=0, selection="nearest")) > 2
+    """A small effect, 0.14 dB of argmin over random, with as much scatter from picture to picture: 32 pictures."""
+
+    def rule(name):
+        return torch.cat([decibels(range(i, i + 8), guided_steps=0, selection=name) for i in range(0, 32, 8)])
+
+    argmin, random, argmax, nearest = map(rule, ("argmin", "random", "argmax", "nearest"))
+    assert better(argmin, random) > 2 and better(random, argmax) > 2 and better(argmin, nearest) > 2
 
 
 def test_guidance_helps_and_more_of_it_more(decibels):
