@@ -12,11 +12,12 @@ from diffusers import DiffusionPipeline
 from evaluation.cache import digest, fingerprint, load, store
 from evaluation.config import KEPT_IMAGES
 from evaluation.contenders import Contender
-from evaluation.instruments import CAPTION_CHECK, FID, SCORE, Instruments
+from evaluation.instruments import CHECKS, FID, SCORE, Instruments
 from evaluation.metrics import spearman, top1_agreement
-from evaluation.rendering import Cost, Sampler
+from evaluation.rendering import Cost, Sampler, Samples
 from evaluation.solvers import describe
-from evaluation.targets import Samples, Target, to_8_bits
+from evaluation.targets import Target, to_8_bits
+from solver.samplers.latents import denoiser
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Cell:
         facts: `nfe`, `seconds_per_image`, `solver_share`, `own_guidance_scale`.
         values: metric -> float (N,), or (P,) of the rank metrics: one value a prompt, all averaged later.
         features: of Fréchet distances, name -> (N, D).
-        passes: caption check of the candidates, bool (P, S); None where there are no ranks.
+        passes: caption or edit check of the candidates, bool (P, S); None where there are no ranks.
         images: uint8, the first `KEPT_IMAGES` pictures.
     """
 
@@ -130,8 +131,7 @@ def _measure(task: Task, scheduler, steps: int, guidance: float, sampler: Sample
     cost = Cost()
     seen, kept = _render_and_look(task.samples, task, scheduler, steps, guidance, sampler, cost)
     values = task.instruments.compare(seen, task.target.seen)
-    if CAPTION_CHECK in seen:
-        values[CAPTION_CHECK] = seen[CAPTION_CHECK]
+    values |= {check: seen[check] for check in CHECKS if check in seen}
     features = {name: seen[name] for name in (task.frechet, FID) if name in seen}
     tensors = {"images": kept}
     if task.ranked:
@@ -139,8 +139,8 @@ def _measure(task: Task, scheduler, steps: int, guidance: float, sampler: Sample
         score_PS = task.of_candidates(seen[SCORE], more[SCORE])
         full_PS = task.of_candidates(task.target.seen[SCORE], task.ranked_target.seen[SCORE])
         values |= {"rank_spearman": spearman(score_PS, full_PS), "rank_top1": top1_agreement(score_PS, full_PS)}
-        if CAPTION_CHECK in more:
-            tensors["passes"] = task.of_candidates(seen[CAPTION_CHECK], more[CAPTION_CHECK])
+        for check in more.keys() & set(CHECKS):
+            tensors["passes"] = task.of_candidates(seen[check], more[check])
     tensors |= {f"values/{name}": value for name, value in values.items()}
     tensors |= {f"features/{name}": value for name, value in features.items()}
     return tensors, cost.summary()
@@ -151,8 +151,8 @@ def _render_and_look(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     instruments = task.rank_instruments if samples is task.ranked else task.instruments
     seen, kept, first = [], [], 0
-    for images in sampler.render(scheduler, samples.prompts, samples.seeds, steps, guidance, cost):
-        seen.append(instruments.look(images, samples.prompts[first : first + len(images)], len(images)))
+    for images in sampler.render(scheduler, samples, steps, guidance, cost):
+        seen.append(instruments.look(images, samples.rows(first, first + len(images)), len(images)))
         kept.append(to_8_bits(images[: max(0, KEPT_IMAGES - first)]))
         first += len(images)
     return {name: torch.cat([part[name] for part in seen]) for name in seen[0]}, torch.cat(kept)
@@ -162,5 +162,4 @@ def _network_digest(contender: Contender, sampler: Sampler) -> str | None:
     """Of a distilled network; the model itself is part of the target's key."""
     if not contender.network:
         return None
-    pipe = sampler.pipe
-    return fingerprint(pipe.transformer if pipe.components.get("unet") is None else pipe.unet)
+    return fingerprint(denoiser(sampler.pipe))

@@ -75,6 +75,9 @@ class EvaluationConfig:
 
     model: str = field(metadata={"help": "pipeline: hub id or local folder"})
     output_dir: str = field(metadata={"help": "folder of the table, the plots and the cache"})
+    pipeline: str | None = field(
+        default=None, metadata={"help": "diffusers class; the model's own by default. Edits: FluxKontextPipeline"}
+    )
     # Rows
     learned: str | None = field(default=None, metadata={"help": "solver folder or hub id; compared with all others"})
     solvers: list[str] = field(
@@ -97,9 +100,12 @@ class EvaluationConfig:
     # Prompts
     prompts: str = field(
         default="scenes:test",
-        metadata={"help": "held-out: scenes:SPLIT, a text file, a .parquet, .json or .csv, a folder or hub id"},
+        metadata={
+            "help": "held-out: scenes:SPLIT, edits:SPLIT, a text file, a .parquet, .json or .csv, a folder or hub id"
+        },
     )
     prompt_column: str = field(default="text", metadata={"help": "column of the prompts in a table or dataset"})
+    image_column: str | None = field(default=None, metadata={"help": "column of the pictures to edit, if any"})
     prompt_split: str = field(default="test", metadata={"help": "split of a dataset"})
     first_seed: int = field(default=1_000_000, metadata={"help": "seed of the first prompt"})
     # Full-step pictures
@@ -122,6 +128,9 @@ class EvaluationConfig:
     )
     caption_check: str | None = field(
         default=None, metadata={"help": "segmentation network that checks captions of the miniature world"}
+    )
+    edit_check: str | None = field(
+        default=None, metadata={"help": "segmentation network that checks edits of it: done, and the rest untouched"}
     )
     scorer: str | None = field(default=None, metadata={"help": "CLIP model that ranks candidates by their prompt"})
     rank_candidates: int = field(default=8, metadata={"help": "seeds of each ranked prompt"})
@@ -188,6 +197,13 @@ class EvaluationConfig:
                 raise ValueError(f"{name}={', '.join(unknown)}: expected some of the rewards {self.rewards}.")
         if any(columns.ranked for columns in self.columns) and not self.scorer:
             raise ValueError("columns: ranked needs a scorer, the CLIP model that ranks candidates.")
+        if self.edit_check and self.caption_check:
+            raise ValueError("caption_check and edit_check: an instruction is no caption, so it is one or the other.")
+        edits = self.prompts.startswith("edits:")
+        if edits and self.caption_check:
+            raise ValueError(f"caption_check: prompts={self.prompts!r} are instructions, no captions; use edit_check.")
+        if self.edit_check and not edits:
+            raise ValueError(f"edit_check: prompts={self.prompts!r}: it knows only what edits:SPLIT should lead to.")
         if self.trainer_state and not Path(self.trainer_state).is_file():
             raise ValueError(f"trainer_state={self.trainer_state!r}: there is no such file.")
         if self.reference and not self.reference.startswith("scenes:") and not Path(self.reference).is_dir():

@@ -1,5 +1,7 @@
 """The contact sheet: rows of prompts, a column for every solver and number of steps, the full-step picture last.
 
+Edits have their sources in front.
+
 Shape suffixes: H W.
 """
 
@@ -9,10 +11,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from data.prompts import source_picture
 from evaluation.report import FULL, Measured, Results
 
 TILE = 112  # pixels
 GAP, GROUP_GAP, MARGIN, CAPTION, HEAD = 4, 20, 20, 190, 58
+SOURCE = "source"
 INK, FAINT, ACCENT, PAPER = "#1d232a", "#6b7680", "#d1495b", "#ffffff"
 
 
@@ -39,17 +43,20 @@ def _by_guidance(results: Results) -> list[Measured]:
     return merged
 
 
-def _groups(measured: Measured, results: Results) -> list[tuple[str, list[tuple[int, torch.Tensor]]]]:
-    """Solver -> its (steps, pictures), in the order of the config, the full-step pictures last."""
+def _groups(measured: Measured, results: Results) -> list[tuple[str, list[tuple[int | None, torch.Tensor]]]]:
+    """Solver -> its (steps, pictures), in the order of the config; sources first, the full-step pictures last."""
     config = results.config
     names = [name for name in config.sheet_solvers if any(cell.solver == name for cell in measured.cells)]
     names = names or list(dict.fromkeys(cell.solver for cell in measured.cells))[:3]
-    groups = []
+    images = measured.task.target.images
+    sources = (measured.task.samples.sources or ())[: config.sheet_rows]
+    drawn = [source_picture(source, *images.shape[-2:]) for source in sources]
+    groups = [(SOURCE, [(None, drawn)])] if drawn else []
     for name in names:
         cells = [cell for cell in measured.cells if cell.solver == name]
         chosen = [cell for cell in cells if cell.steps in config.sheet_steps] or cells
         groups.append((name, [(cell.steps, cell.images) for cell in chosen]))
-    return [*groups, (FULL, [(config.num_inference_steps, measured.task.target.images)])]
+    return [*groups, (FULL, [(config.num_inference_steps, images)])]
 
 
 def _width(groups: list) -> int:
@@ -74,7 +81,8 @@ def _draw_block(sheet: Image.Image, top: int, measured: Measured, groups: list, 
         draw.text((x, top), "full steps" if name == FULL else name, colour, _font(17))
         draw.line((x, top + 27, right, top + 27), colour, 2)
         for steps, images in columns:
-            draw.text((x + TILE / 2, top + 43), f"{steps} steps", FAINT, _font(12), anchor="mm")
+            if steps is not None:
+                draw.text((x + TILE / 2, top + 43), f"{steps} steps", FAINT, _font(12), anchor="mm")
             for row in range(min(rows, len(images))):
                 sheet.paste(_tile(images[row]), (x, top + HEAD + row * (TILE + GAP)))
             x += TILE + GAP

@@ -15,11 +15,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxKontextPipeline
 
+from data.teacher import open_pipeline
 from evaluation.config import EvaluationConfig
 from evaluation.solvers import Factory, by_class_name, classical, learned
-from solver.rollout import replaced
+from solver.samplers.cascade import replaced
+from solver.samplers.latents import denoiser
 
 NETWORKS = ("lora", "unet", "pipeline")
 KEYS = {"name", "solver", *NETWORKS, "scheduler", "scheduler_kwargs", "steps", "guidance_scale"}
@@ -102,13 +104,12 @@ def open_network(contender: Contender, pipe: DiffusionPipeline) -> Iterator[Diff
         return
     ((kind, path),) = contender.network.items()
     if kind == "pipeline":
-        other = DiffusionPipeline.from_pretrained(path, dtype=pipe.dtype).to(pipe.device)
-        other.set_progress_bar_config(disable=True)
-        yield other
+        editing = type(pipe).__name__ if isinstance(pipe, FluxKontextPipeline) else None  # its model names another
+        yield open_pipeline(path, denoiser(pipe).dtype, editing).to(pipe.device)
     elif kind == "unet":
-        denoiser = "unet" if pipe.components.get("unet") is not None else "transformer"
-        own = getattr(pipe, denoiser)
-        with replaced(pipe, denoiser, type(own).from_pretrained(path, dtype=own.dtype).to(pipe.device).eval()):
+        name = "unet" if pipe.components.get("unet") is not None else "transformer"
+        own = denoiser(pipe)
+        with replaced(pipe, name, type(own).from_pretrained(path, dtype=own.dtype).to(pipe.device).eval()):
             yield pipe
     else:
         with _lora(pipe, path):

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from evaluation.cache import fingerprint
-from evaluation.metrics import ClipScorer, InceptionFeatures, caption_check
+from evaluation.metrics import ClipScorer, InceptionFeatures, caption_check, edit_check
+from evaluation.rendering import Samples
 from rewards import Reward
 
-CAPTION_CHECK, SCORE, FID = "caption_check", "score", "fid"
+CAPTION_CHECK, EDIT_CHECK, SCORE, FID = "caption_check", "edit_check", "score", "fid"
+CHECKS = (CAPTION_CHECK, EDIT_CHECK)  # whether a picture is what was asked for
 
 
 class Instruments:
@@ -19,7 +21,8 @@ class Instruments:
 
     Args:
         rewards: each sees its features.
-        checker: segmentation reward whose labels are checked against the prompts, seen as `caption_check`.
+        checker: segmentation reward whose labels are checked against the prompts, seen as `caption_check`; or, where
+            it is known what edits should lead to, against that, seen as `edit_check`.
         scorer: CLIP model that scores a picture by its prompt, seen as `score`.
         inception: seen as `fid`.
     """
@@ -42,23 +45,26 @@ class Instruments:
             "inception": inception is not None,
         }
 
-    def look(self, images_NCHW: torch.Tensor, prompts: Sequence[str], batch_size: int) -> dict[str, torch.Tensor]:
-        """What is seen in pictures, float (N, 3, H, W) in [0, 1]: tensors (N, ...) on the CPU."""
-        batches = [slice(first, first + batch_size) for first in range(0, len(images_NCHW), batch_size)]
-        seen = [self._look(images_NCHW[batch], list(prompts[batch])) for batch in batches]
+    def look(self, images_NCHW: torch.Tensor, samples: Samples, batch_size: int) -> dict[str, torch.Tensor]:
+        """What is seen in pictures, float (N, 3, H, W) in [0, 1], of N samples: tensors (N, ...) on the CPU."""
+        firsts = range(0, len(images_NCHW), batch_size)
+        seen = [self._look(images_NCHW[i : i + batch_size], samples.rows(i, i + batch_size)) for i in firsts]
         return {name: torch.cat([part[name] for part in seen]) for name in seen[0]}
 
-    def _look(self, images_BCHW: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def _look(self, images_BCHW: torch.Tensor, samples: Samples) -> dict[str, torch.Tensor]:
         seen = {name: reward.features(images_BCHW).cpu() for name, reward in self.rewards.items()}
 
         def features(reward: Reward) -> torch.Tensor:
             known = reward is self.rewards.get(reward.name)
             return seen[reward.name] if known else reward.features(images_BCHW)
 
-        if self.checker:
-            seen[CAPTION_CHECK] = caption_check(features(self.checker), prompts)
+        if self.checker and samples.edited:
+            scenes = samples.sources, samples.edited
+            seen[EDIT_CHECK] = edit_check(images_BCHW, features(self.checker), *scenes)
+        elif self.checker:
+            seen[CAPTION_CHECK] = caption_check(features(self.checker), list(samples.prompts))
         if self.scorer:
-            seen[SCORE] = self.scorer(features(self.scorer.reward), prompts)
+            seen[SCORE] = self.scorer(features(self.scorer.reward), list(samples.prompts))
         if self.inception:
             seen[FID] = self.inception(images_BCHW)
         return seen

@@ -3,10 +3,16 @@
 Shape suffixes: B, N images, D features, P prompts, S candidates of a prompt.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from scipy.stats import rankdata
 
 from evaluation.bootstrap import Estimate, statistic
+
+if TYPE_CHECKING:
+    from data.scenes import Scene
 
 CLIP_TOKENS = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
 
@@ -54,6 +60,22 @@ def caption_check(labels_BHW: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
     labels_BHW = labels_BHW.cpu()
     return torch.tensor([float(all(check(*pair).values())) for pair in zip(labels_BHW, prompts, strict=True)])
+
+
+def edit_check(
+    images_BCHW: torch.Tensor, labels_BHW: torch.Tensor, sources: "Sequence[Scene]", edited: "Sequence[Scene]"
+) -> torch.Tensor:
+    """1 where an edit is done and the rest is untouched, else 0; float32 (B,).
+
+    Args:
+        images_BCHW: in [0, 1].
+        labels_BHW: their segmentation maps.
+        sources, edited: scenes before the edit, and those that it should lead to.
+    """
+    from data.edit_check import check_edit
+
+    rows = zip(images_BCHW.cpu(), labels_BHW.cpu(), sources, edited, strict=True)
+    return torch.tensor([float(all(check_edit(*row).values())) for row in rows])
 
 
 def spearman(x_PS: torch.Tensor, y_PS: torch.Tensor) -> torch.Tensor:

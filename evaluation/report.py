@@ -24,7 +24,7 @@ from data.teacher import library_versions
 from evaluation.bootstrap import Estimate, mean
 from evaluation.cells import Cell, Task
 from evaluation.config import EvaluationConfig
-from evaluation.instruments import CAPTION_CHECK, FID
+from evaluation.instruments import CAPTION_CHECK, CHECKS, EDIT_CHECK, FID
 from evaluation.metrics import frechet
 from evaluation.table import table
 from evaluation.workflow import simulate
@@ -34,6 +34,7 @@ UNITS = {"pixels": "PSNR, dB", "depth": "PSNR of depth, dB", "segmentation": "% 
 COSINE = "(cos + 1) · 50"
 OTHER_UNITS = {
     CAPTION_CHECK: "share of pictures",
+    EDIT_CHECK: "share of pictures",
     "rank_spearman": "rank correlation",
     "rank_top1": "share of prompts",
     FID: "FID",
@@ -103,10 +104,11 @@ def make_metrics(results: Results) -> dict:
         ]
         left_out += [{**entry, "guidance_scale": guidance} for m in here for entry in m.left_out]
     found = {name for row in rows for name in row["metrics"]}
-    order = [*config.rewards, f"frechet_{config.frechet}", FID, CAPTION_CHECK, "rank_spearman", "rank_top1"]
+    order = [*config.rewards, f"frechet_{config.frechet}", FID, *CHECKS, "rank_spearman", "rank_top1"]
     names = [name for name in order if name in found]
     return {
         "model": config.model,
+        "pipeline": config.pipeline,
         "dataset": {
             "prompts": config.prompts,
             "first_seed": config.first_seed,
@@ -164,7 +166,7 @@ def make_row(cell: Cell, estimates: Mapping[str, Estimate], measured: Measured) 
 def full_row(task: Task, results: Results) -> dict:
     """The full-step pictures themselves: what they cost, and what needs no comparison."""
     seen, config = task.target.seen, results.config
-    estimates = {CAPTION_CHECK: mean(seen[CAPTION_CHECK], config.resamples)} if CAPTION_CHECK in seen else {}
+    estimates = {check: mean(seen[check], config.resamples) for check in CHECKS if check in seen}
     if results.reference is not None:
         for name in (config.frechet, FID):
             if name in seen and name in results.reference:
@@ -248,7 +250,8 @@ def simulate_cell(cell: Cell, task: Task, results: Results) -> dict | None:
     """The preview-and-refine workflow with a cell's previews; None where there are no candidates."""
     if cell.passes is None:
         return None
-    full = task.of_candidates(task.target.seen[CAPTION_CHECK], task.ranked_target.seen[CAPTION_CHECK]).bool()
+    (check,) = task.target.seen.keys() & set(CHECKS)
+    full = task.of_candidates(task.target.seen[check], task.ranked_target.seen[check]).bool()
     which = {"solver": cell.solver, "steps": cell.steps, "guidance_scale": cell.guidance_scale}
     units = {"nfe": "nfe", "seconds": "seconds_per_image"}
     runs = {

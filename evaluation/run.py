@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from data.prompts import read_prompts
+from data.prompts import Prompts, read_prompts
 from data.shards import make_folder
 from data.teacher import make_scheduler
 from evaluation.budget import measured_rows, needs_choice, plan
@@ -22,11 +22,11 @@ from evaluation.contenders import Contender, contenders, open_network
 from evaluation.instruments import Instruments
 from evaluation.metrics import ClipScorer, InceptionFeatures
 from evaluation.plots import draw_plots
-from evaluation.rendering import NotFiniteError, Sampler, load_pipeline
+from evaluation.rendering import NotFiniteError, Sampler, Samples, load_pipeline
 from evaluation.report import Measured, Results, write_report
-from evaluation.targets import Samples, Targets, reference_images
+from evaluation.targets import Targets, reference_images
 from rewards import load_reward
-from solver.samplers.latents import default_size
+from solver.samplers.calls import check_edits
 
 logger = logging.getLogger("evaluation")
 RANK_SEEDS = 10_000_000  # the candidates' seeds follow this one, far from those of the prompts
@@ -52,7 +52,7 @@ class Bench:
     sampler: Sampler
     targets: Targets
     rank_instruments: Instruments
-    prompts: Sequence[str]
+    prompts: Prompts
     cells: Path
 
 
@@ -79,12 +79,14 @@ def evaluate(config: EvaluationConfig) -> dict:
 
 def make_bench(config: EvaluationConfig) -> Bench:
     """Loads everything that a config names."""
-    pipe = load_pipeline(config.model, config.dtype, config.device)
+    pipe = load_pipeline(config.model, config.dtype, config.device, config.pipeline)
     rows = contenders(config, pipe)
     instruments, rank_instruments = load_instruments(config, pipe.device)
     chooses = any(needs_choice(columns, measured_rows(columns, rows)) for columns in config.columns)
     wanted = config.num_prompts + config.grid_prompts * chooses
-    prompts = read_prompts(config.prompts, wanted, config.prompt_column, config.prompt_split).texts
+    prompts = read_prompts(config.prompts, wanted, config.prompt_column, config.prompt_split, config.image_column)
+    if prompts.sources:
+        check_edits(pipe)
     cache = Path(config.cache_dir or Path(config.output_dir) / "cache")
     sampler = Sampler(pipe, config.height, config.width, config.batch_size, config.autocast)
     teacher = make_scheduler(config.scheduler, config.scheduler_kwargs, pipe.scheduler)
@@ -98,9 +100,9 @@ def load_instruments(config: EvaluationConfig, device: torch.device) -> tuple[In
     rewards = [load_reward(name, model=model, device=device) for name, model in pairs]
     known = {(reward.name, getattr(reward, "model", None)): reward for reward in rewards}  # not to load one twice
     checker = scorer = None
-    if config.caption_check:
-        checker = known.get(("segmentation", config.caption_check))
-        checker = checker or load_reward("segmentation", model=config.caption_check, device=device)
+    if network := config.caption_check or config.edit_check:
+        checker = known.get(("segmentation", network))
+        checker = checker or load_reward("segmentation", model=network, device=device)
     if any(columns.ranked for columns in config.columns):
         scorer = ClipScorer(config.scorer, device, known.get(("clip", config.scorer)))
     inception = InceptionFeatures(device) if config.fid else None
@@ -110,15 +112,23 @@ def load_instruments(config: EvaluationConfig, device: torch.device) -> tuple[In
 def log_budget(bench: Bench) -> None:
     """One line: what the evaluation costs, and how long that takes at the speed of one batch."""
     config, sampler = bench.config, bench.sampler
-    batch = bench.prompts[: config.batch_size]
-    sampler.embeddings(batch)
+    count = min(config.batch_size, config.num_prompts)
+    batch = make_samples(bench, range(count), range(count), config.guidance_scales[0])
+    sampler.embeddings(batch.prompts)
     start = time.perf_counter()
-    (images,) = sampler.render(bench.targets.scheduler, batch, range(len(batch)), 1, config.guidance_scales[0])
-    bench.targets.instruments.look(images, batch, len(batch))
+    (images,) = sampler.render(bench.targets.scheduler, batch, 1, batch.guidance_scale)
+    bench.targets.instruments.look(images, batch, count)
     others = time.perf_counter() - start - sampler.seconds
     budget = plan(config, bench.rows)
-    logger.info("%s", budget.line(sampler.seconds / len(batch), others / len(batch)))
+    logger.info("%s", budget.line(sampler.seconds / count, others / count))
     sampler.shared.forget()
+
+
+def make_samples(bench: Bench, numbers: Sequence[int], seeds: Sequence[int], guidance_scale: float) -> Samples:
+    """The prompts of these numbers, with what they edit."""
+    columns = bench.prompts.texts, bench.prompts.sources, bench.prompts.edited
+    texts, sources, edited = (values and tuple(values[n] for n in numbers) for values in columns)
+    return Samples(texts, tuple(seeds), guidance_scale, sources, edited)
 
 
 # One guidance scale
@@ -133,7 +143,7 @@ def measure_columns(bench: Bench, columns: Columns) -> Measured:
     measured = Measured(task, [])
     solvers = [row for row in rows if not row.network and not row.steps]
     for steps in columns.steps:
-        sampler.shared.forget(from_call=1)  # the first evaluation serves all numbers of steps
+        sampler.shared.forget(first=1)  # the first evaluation serves all numbers of steps
         for row, grid in choose(bench, solvers, few, steps, columns, measured):
             measure_row(bench, task, row, grid, steps, sampler, measured)
     sampler.shared.forget()
@@ -149,17 +159,14 @@ def measure_columns(bench: Bench, columns: Columns) -> Measured:
 
 def make_task(bench: Bench, columns: Columns) -> Task:
     """The prompts of some columns with their full-step pictures, and more candidates of the ranked ones."""
-    config, prompts, guidance = bench.config, bench.prompts[: columns.num_prompts], columns.guidance_scale
-    samples = Samples(tuple(prompts), tuple(config.first_seed + i for i in range(len(prompts))), guidance)
+    config, numbers, guidance = bench.config, range(columns.num_prompts), columns.guidance_scale
+    samples = make_samples(bench, numbers, [config.first_seed + i for i in numbers], guidance)
     task = Task(samples, bench.targets(samples), bench.targets.instruments, config.frechet)
     more = config.rank_candidates - 1
     if not columns.ranked or not more:
         return task
-    candidates = Samples(
-        tuple(prompt for prompt in prompts[: columns.ranked] for _ in range(more)),
-        tuple(config.first_seed + RANK_SEEDS + i for i in range(columns.ranked * more)),
-        guidance,
-    )
+    seeds = [config.first_seed + RANK_SEEDS + i for i in range(columns.ranked * more)]
+    candidates = make_samples(bench, [i // more for i in range(len(seeds))], seeds, guidance)
     target = bench.targets(candidates, bench.rank_instruments)
     return replace(
         task,
@@ -192,10 +199,8 @@ def measure_row(
 def grid_task(bench: Bench, columns: Columns) -> Task:
     """The prompts behind those of the table, seen by the main metric alone: on them grids are chosen."""
     config = bench.config
-    first = config.num_prompts
-    prompts = bench.prompts[first : first + config.grid_prompts]
-    seeds = range(config.first_seed + first, config.first_seed + first + len(prompts))
-    samples = Samples(tuple(prompts), tuple(seeds), columns.guidance_scale)
+    numbers = range(config.num_prompts, config.num_prompts + config.grid_prompts)
+    samples = make_samples(bench, numbers, [config.first_seed + i for i in numbers], columns.guidance_scale)
     instruments = Instruments([bench.targets.instruments.rewards[config.main_metric]])
     return Task(samples, bench.targets(samples, instruments), instruments)
 
@@ -240,7 +245,6 @@ def _reference(bench: Bench) -> dict[str, torch.Tensor] | None:
         return None
     rewards = [instruments.rewards[config.frechet]] if config.frechet else []
     looking = Instruments(rewards, inception=instruments.inception)
-    height, width = default_size(bench.pipe)
-    size = (config.height or height, config.width or width)
+    size = (bench.sampler.height, bench.sampler.width)
     images = torch.cat(list(reference_images(config.reference, config.num_prompts, size)))
-    return looking.look(images, [""] * len(images), config.batch_size)
+    return looking.look(images, Samples(("",) * len(images), (0,) * len(images), 0), config.batch_size)

@@ -12,7 +12,9 @@ from data.build_config import PUBLISHED_SCHEDULER, PUBLISHED_SCHEDULER_KWARGS
 from data.noise import initial_noise
 from data.teacher import make_scheduler
 from evaluation.solvers import is_flow, learned
-from solver.samplers.latents import decode, latent_shape, pack, unpack
+from solver.samplers.calls import guidance, text_length
+from solver.samplers.cascade import call_at_size
+from solver.samplers.latents import decode, default_size, latent_shape, pack, unpack
 
 PREFIX = "proofsheet:"  # of our text chunks in a PNG
 NUMBERS = {"seed": int, "steps": int, "height": int, "width": int, "guidance_scale": float}
@@ -48,16 +50,14 @@ def sample(
 ) -> Image.Image:
     """The picture of a prompt and a seed: that of `evaluate.py` and of the offline dataset."""
     shape = latent_shape(pipe, height, width)
-    latents = pipe(
-        prompt,
-        latents=pack(pipe, initial_noise([seed], shape)),
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        height=height,
-        width=width,
-        output_type="latent",
-        return_dict=False,
-    )[0]
+    call = {
+        "prompt": [prompt],
+        "latents": pack(pipe, initial_noise([seed], shape)),
+        "num_inference_steps": steps,
+        **guidance(pipe, guidance_scale, 1),
+        **text_length(pipe),
+    }
+    latents = pipe(**call_at_size(pipe, call, height or default_size(pipe)[0], width or default_size(pipe)[1]))[0]
     images_BCHW = decode(pipe, unpack(pipe, latents, shape))
     return pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(images_BCHW))[0]
 

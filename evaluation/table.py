@@ -34,8 +34,8 @@ def _preamble(metrics: dict) -> str:
         f"Prompts from `{metrics['dataset']['prompts']}`; same noise for every solver. Consistency to the picture of "
         f"{full['steps']} steps of {full['scheduler']}. {grids}"
         "± is half the 95 % bootstrap interval; best of a step count in bold; † was the reward in training, ↓ is "
-        "better low. NFE counts calls of the denoiser, guidance included; it and the seconds are those of a solver "
-        "alone, though evaluations that several solvers share were made once.\n\n"
+        "better low. NFE counts evaluations of the denoiser, prompt and empty prompt together; it and the seconds are "
+        "those of a solver alone, though evaluations that several solvers share were made once.\n\n"
         f"{metrics['hardware']}, {dtype}, batches of {metrics['batch_size']}, torch {metrics['versions']['torch']}, "
         f"diffusers {metrics['versions']['diffusers']}."
     )
@@ -124,7 +124,7 @@ def _workflow_lines(metrics: dict) -> list[str]:
     lines = [
         "## Preview and refine, simulated",
         "",
-        "A user draws seeds until the caption check passes: full renders only, or previews first.",
+        "A user draws seeds until the check passes: full renders only, or previews first.",
         "",
         "| guidance | solver | steps | NFE full only | NFE previews first | NFE saved | time saved | false accepts "
         "| false rejects | found, full only | found, previews first |",

@@ -14,16 +14,9 @@ from tqdm import tqdm
 from data.teacher import library_versions, weights_digest
 from evaluation.cache import digest, load, store
 from evaluation.instruments import Instruments
-from evaluation.rendering import Cost, Sampler
+from evaluation.rendering import Cost, Sampler, Samples
 from evaluation.solvers import describe
-
-
-class Samples(NamedTuple):
-    """What is rendered: one picture a (prompt, seed), all at one guidance scale."""
-
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    guidance_scale: float
+from solver.samplers.latents import denoiser
 
 
 class Target(NamedTuple):
@@ -63,7 +56,7 @@ class Targets:
             "scheduler": describe(scheduler, steps),
             "steps": steps,
             "latent_shape": sampler.latent_shape,
-            "dtype": str(sampler.pipe.dtype),
+            "dtype": str(denoiser(sampler.pipe).dtype),
             "autocast": sampler.autocast,
             "batch_size": sampler.batch_size,
             "device": sampler.pipe.device.type,
@@ -73,7 +66,7 @@ class Targets:
     def __call__(self, samples: Samples, instruments: Instruments | None = None) -> Target:
         """The full-step pictures of samples, from the cache as far as they are there."""
         instruments = instruments or self.instruments
-        key = digest({**self.identity, "samples": samples})
+        key = digest({**self.identity, "samples": samples.identity})
         name = f"full-step pictures, guidance {samples.guidance_scale:g}"
         parts = tqdm(self._parts(samples), desc=name, leave=False)
         batches = [load(path) or self._render(batch, path) for batch, path in parts]
@@ -86,9 +79,7 @@ class Targets:
     def _render(self, batch: Samples, path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         """Renders a batch; it is on disk before the next begins."""
         cost = Cost()
-        (images,) = self.sampler.render(
-            self.scheduler, batch.prompts, batch.seeds, self.steps, batch.guidance_scale, cost
-        )
+        (images,) = self.sampler.render(self.scheduler, batch, self.steps, batch.guidance_scale, cost)
         store(path, {"images": to_8_bits(images)}, cost.summary())
         return load(path)
 
@@ -98,17 +89,16 @@ class Targets:
         path = self.folder / f"{key}-seen-{digest(instruments.identity)}.safetensors"
         if (known := load(path)) is not None:
             return known[0]
-        seen = instruments.look(images.float() / 255, samples.prompts, self.sampler.batch_size)
+        seen = instruments.look(images.float() / 255, samples, self.sampler.batch_size)
         store(path, seen, {})
         return seen
 
     def _parts(self, samples: Samples) -> list[tuple[Samples, Path]]:
         """The batches, each with its file: samples that begin with the same batches share them."""
         size = self.sampler.batch_size
-        slices = [slice(first, first + size) for first in range(0, len(samples.prompts), size)]
-        batches = [Samples(samples.prompts[s], samples.seeds[s], samples.guidance_scale) for s in slices]
+        batches = [samples.rows(first, first + size) for first in range(0, len(samples.prompts), size)]
         known = {**self.identity, "kind": "batch"}
-        return [(b, self.folder / f"{digest({**known, 'samples': b})}.safetensors") for b in batches]
+        return [(b, self.folder / f"{digest({**known, 'samples': b.identity})}.safetensors") for b in batches]
 
 
 def to_8_bits(images_NCHW: torch.Tensor) -> torch.Tensor:

@@ -261,6 +261,10 @@ def test_frechet_distance_to_other_pictures(models, tmp_path):
         ({"sheet_rows": 9}, "sheet_rows=9: of every cell 8"),
         ({"trainer_state": "nowhere.json"}, "there is no such file"),
         ({"reference": "nowhere"}, "a folder of images"),
+        ({"prompts": "edits:test"}, "are instructions, no captions; use edit_check"),
+        ({"caption_check": None, "edit_check": "x"}, "knows only what edits:SPLIT should lead to"),
+        ({"edit_check": "x"}, "it is one or the other"),
+        ({"prompts": "edits:test", "caption_check": None}, "need pipeline: FluxKontextPipeline"),
     ],
 )
 def test_configs_that_do_not_fit(models, tmp_path, changes, message):
@@ -282,16 +286,18 @@ def test_a_solver_that_diverges_loses_its_row_and_stops_nothing(models, tmp_path
     assert reason in (tmp_path / "table.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["eval_mini_sd", "eval_demo", "eval_ablations"])
+@pytest.mark.parametrize(
+    "name", ["eval_mini_sd", "eval_demo", "eval_ablations", "eval_mini_flux", "eval_mini_kontext"]
+)
 def test_the_shipped_configs_are_understood(name):
     from trl import TrlParser
 
-    path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
+    path = Path(__file__).parents[2] / "configs" / f"eval_{name}.yaml"
     (config,) = TrlParser((EvaluationConfig,)).parse_args_and_config(["--config", str(path)])
     assert len(path.read_text().splitlines()) <= 30 + len(config.extra)
     assert config.reward_models[0] is None
     assert not any(Path(value).is_absolute() for value in (config.model, config.output_dir))
-    if name == "eval_mini_sd":
+    if name == "mini_sd":
         prompts = {(c.guidance_scale, k): c.num_prompts for c in config.columns for k in c.steps}
         wanted = {(g, k): 500 if g == 3 else 200 for g in (1.5, 3.0, 5.0, 7.5) for k in (4, 5, 6, 8)}
         assert all(prompts[cell] >= count for cell, count in wanted.items())

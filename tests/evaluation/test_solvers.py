@@ -14,7 +14,7 @@ from diffusers import (
 )
 from tiny_pipelines import run, tiny_pipeline
 
-from evaluation.rendering import Cost, Sampler
+from evaluation.rendering import Cost, Sampler, Samples
 from evaluation.solvers import (
     CLASSICAL,
     FLOW_SOLVERS,
@@ -27,8 +27,8 @@ from evaluation.solvers import (
 from solver import ConsistencySolverScheduler
 from solver.prompt_embeddings import PromptEmbeddings
 
-PROMPTS = ["a red ring", "two blue cubes on sand", "a small white star"]
-SEEDS = [3, 4, 5]
+PROMPTS = ("a red ring", "two blue cubes on sand", "a small white star")
+SEEDS = (3, 4, 5)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def sampler(models):
 
 
 def pictures(sampler, scheduler, steps=4, guidance_scale=3.0, cost=None):
-    return torch.cat(list(sampler.render(scheduler, PROMPTS, SEEDS, steps, guidance_scale, cost)))
+    return torch.cat(list(sampler.render(scheduler, Samples(PROMPTS, SEEDS, 3.0), steps, guidance_scale, cost)))
 
 
 @pytest.mark.parametrize("name", CLASSICAL)
@@ -140,7 +140,7 @@ def test_what_solvers_have_in_common_is_evaluated_once(family, sampler):
         assert together.evaluations - before == len(PROMPTS) * (2 if i else 4)
         assert [cost.summary()["nfe"] for cost in costs] == [4, 4]
     assert alone.evaluations == len(names) * 4 * len(PROMPTS)
-    together.shared.forget(from_call=1)
+    together.shared.forget(first=1)
     make = classical(names[0], own)["own" if flow else "trailing"]
     before = together.evaluations
     pictures(together, make(own, 4, 3.0))
@@ -152,7 +152,8 @@ def test_other_prompts_noise_or_guidance_share_nothing(sampler):
     make = classical("ddim", sampler.pipe.scheduler)["trailing"]
     runs = [(PROMPTS, SEEDS, 3.0), (PROMPTS[::-1], SEEDS, 3.0), (PROMPTS, SEEDS[::-1], 3.0), (PROMPTS, SEEDS, 5.0)]
     for prompts, seeds, guidance in runs:
-        list(mine.render(make(sampler.pipe.scheduler, 2, guidance), prompts, seeds, 2, guidance))
+        samples = Samples(prompts, seeds, guidance)
+        list(mine.render(make(sampler.pipe.scheduler, 2, guidance), samples, 2, guidance))
     assert mine.evaluations == len(runs) * 2 * len(PROMPTS)
 
 
@@ -186,7 +187,7 @@ def test_pictures_are_those_of_the_stock_call(sampler):
     pipe = sampler.pipe
     noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS])
     call = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
-    expected = pipe(PROMPTS, latents=noise, **call).images
+    expected = pipe(list(PROMPTS), latents=noise, **call).images
     torch.testing.assert_close(pictures(sampler, pipe.scheduler, 3), expected, rtol=0, atol=1e-5)
 
 
