@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from data.scenes import Scene
 
 SCHEDULER_CALLS = ("set_timesteps", "scale_model_input", "step")
-STOCHASTIC_SEED = 1 << 32  # schedulers that draw noise on the way must not draw the initial noise again
+# Schedulers that draw noise on the way must not draw the initial noise again. A CPU generator reads the low 32 bits of
+# its seed only, so a stream of its own differs there.
+STOCHASTIC_STREAM = 0x5EED0000
 SHARED_EVALUATIONS = 2  # of a run, in which solvers can coincide; from the third one on each goes its own way
 
 
@@ -291,7 +293,9 @@ class Sampler:
             **self.embeddings(batch.prompts),
             **guidance(self.pipe, batch.guidance_scale),
             "latents": pack(self.pipe, initial_noise(batch.seeds, self.latent_shape)),
-            "generator": [torch.Generator().manual_seed(STOCHASTIC_SEED + seed) for seed in batch.seeds],
+            "generator": [
+                torch.Generator().manual_seed((seed ^ STOCHASTIC_STREAM) & 0xFFFFFFFF) for seed in batch.seeds
+            ],
             "num_inference_steps": steps,
         }
         if batch.sources is not None:
