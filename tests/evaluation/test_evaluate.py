@@ -286,9 +286,7 @@ def test_a_solver_that_diverges_loses_its_row_and_stops_nothing(models, tmp_path
     assert reason in (tmp_path / "table.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "name", ["eval_mini_sd", "eval_demo", "eval_ablations", "eval_mini_flux", "eval_mini_kontext"]
-)
+@pytest.mark.parametrize("name", ["mini_sd", "demo", "ablations", "mini_flux", "mini_kontext"])
 def test_the_shipped_configs_are_understood(name):
     from trl import TrlParser
 
