@@ -49,9 +49,7 @@ class Run:
     save_minutes: float = field(default=3.0, metadata={"help": "between checkpoints"})
     start: str | None = field(default=None, metadata={"help": "folder of landed weights to go on from"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the network"})
-    muon: bool = field(
-        default=False, metadata={"help": "Muon for the matrices of blocks, AdamW for the rest"}
-    )
+    muon: bool = field(default=False, metadata={"help": "Muon for the matrices of blocks, AdamW for the rest"})
 
     def __post_init__(self):
         if self.muon and not BF16:
