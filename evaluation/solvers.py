@@ -164,7 +164,9 @@ def describe(scheduler: SchedulerMixin, steps: int) -> dict:
         used = weights[:, : int(weights.any(0).nonzero().max()) + 1]
         table = [float(f"{x:.5g}") for values in (timesteps, sigmas, used) for x in values.flatten().tolist()]
         return {"table": table, "prediction_type": scheduler.config.prediction_type}
-    described = {"class": type(scheduler).__name__, "config": dict(scheduler.config.items())}
+    # With an underscore: notes of diffusers, whose order changes from process to process, and with it a cache's key.
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    described = {"class": type(scheduler).__name__, "config": config}
     if isinstance(scheduler, ConsistencySolverScheduler) and scheduler.policy is not None:
         described |= {"policy": fingerprint(scheduler.policy), "rule": getattr(scheduler, "rule", None)}
     return described
