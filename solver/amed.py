@@ -155,8 +155,6 @@ def fit(config: AmedConfig) -> ConsistencySolverScheduler:
     }
     solver = bake_amed(renderer.scheduler, tables, config.guidance_scale)
     solver.save_pretrained(config.output_dir)
-    counts = ", ".join(map(str, tables))
-    print(f"{config.output_dir}: AMED's steps for {counts} evaluations, guidance {config.guidance_scale:g}.")
     return solver
 
 
@@ -177,6 +175,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     (config,) = TrlParser((AmedConfig,)).parse_args_and_config(arguments)
     fit(config)
+    counts = ", ".join(map(str, config.evaluations))
+    print(f"{config.output_dir}: AMED's steps for {counts} evaluations, guidance {config.guidance_scale:g}.")
 
 
 if __name__ == "__main__":

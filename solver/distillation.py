@@ -27,11 +27,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import logging
 
 from data.shards import make_folder
-from solver.policy_init import widen_first_layer
 from solver.run_config import SolverRunConfig
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler, Grid, SolverTable, dpm2m
+
+logger = logging.get_logger(__name__)
 
 RANK_TOLERANCE = 1e-9  # of the Gram matrix: directions of less weight are left to the base rule
 
@@ -199,7 +201,6 @@ def fit_policy(
     cells: Cells,
     updates: int = 2000,
     learning_rate: float = 1e-3,
-    input_gain: float = 10.0,
     grids: Mapping[int, dict] | None = None,
 ) -> float:
     """Fits the policy's deterministic actions to those of all cells, by Adam with a cosine to 0.
@@ -209,14 +210,12 @@ def fit_policy(
         cells: (K, guidance scale) -> actions (K, D).
         updates: of Adam, each on all cells.
         learning_rate: its first one.
-        input_gain: as in `solver.policy_init.widen_first_layer`.
         grids: K -> arguments of `base_grid`, for flow pipelines that name their own grid.
 
     Returns:
         the root mean square error over the live actions.
     """
     policy = scheduler.policy
-    widen_first_layer(policy, input_gain)
     device = next(policy.parameters()).device
     inputs = [scheduler.policy_inputs(steps, scale, **(grids or {}).get(steps, {})) for steps, scale in cells]
     live = torch.cat([scheduler.action_mask(steps) for steps, _ in cells]).to(device)
@@ -285,7 +284,7 @@ def distill(config: DistillationConfig) -> ConsistencySolverScheduler:
     error = fit_policy(scheduler, cells, grids={steps: renderer.grid(steps) for steps in step_counts})
     scheduler.extend_trained_steps(step_counts)
     scheduler.save_pretrained(config.output_dir)
-    print(f"{config.output_dir}: {len(cells)} cells, the policy meets their weights to {error:.3f} (rms).")
+    logger.warning(f"{len(cells)} cells; the policy meets their weights to {error:.3f} (rms).")
     return scheduler
 
 
@@ -294,6 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     (config,) = TrlParser((DistillationConfig,)).parse_args_and_config(arguments)
     distill(config)
+    print(f"{config.output_dir}: a solver whose weights follow the teacher's trajectories.")
 
 
 if __name__ == "__main__":

@@ -58,3 +58,11 @@ def entropy(policy: SolverPolicy, outputs: Tensor, std: float) -> Tensor:
         log_probabilities = outputs.log_softmax(dim=-1)
         return -(log_probabilities.exp() * log_probabilities).sum(dim=-1) / math.log(outputs.shape[-1])
     return torch.full_like(outputs, math.log(std * math.sqrt(2 * math.pi * math.e)))
+
+
+def divergence(policy: SolverPolicy, old_outputs: Tensor, outputs: Tensor, std: float) -> Tensor:
+    """KL divergence `(K, D)` of the choices under `outputs` from those under `old_outputs`, in nats."""
+    if policy.head == "categorical":
+        old, new = old_outputs.log_softmax(dim=-1), outputs.log_softmax(dim=-1)
+        return (old.exp() * (old - new)).sum(dim=-1)
+    return 0.5 * ((outputs - old_outputs) / std).square()

@@ -1,6 +1,6 @@
 """The arithmetic of PPO on groups of rollouts: advantages and the clipped loss.
 
-Shape suffixes: B rollouts, K steps, D actions, F policy inputs.
+Shape suffixes: B rollouts, K steps, S steps of several cells, D actions, F policy inputs.
 Sources: the loss is arXiv 1707.06347, the group as baseline arXiv 2402.03300.
 """
 
@@ -9,8 +9,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from solver.exploration import entropy, log_probability
+from solver.exploration import divergence, entropy, log_probability
 from solver.scheduling_consistency_solver import SolverPolicy
+
+
+class Elsewhere(NamedTuple):
+    """Where an iteration should change nothing: the steps of all cells (K, guidance scale) but its own, one after the
+    other.
+
+    Attributes:
+        inputs_SF: what the policy sees at these steps.
+        mask_SD: which actions matter.
+        outputs: the policy's answer before the update.
+    """
+
+    inputs_SF: Tensor
+    mask_SD: Tensor
+    outputs: Tensor
 
 
 class Rollouts(NamedTuple):
@@ -24,6 +39,7 @@ class Rollouts(NamedTuple):
         old_log_prob_BKD: of the choices, under the policy that drew them.
         advantages_B: whitened within each group.
         std: of the exploration.
+        elsewhere: the other cells, if the update is to spare them.
     """
 
     iteration: int
@@ -33,6 +49,7 @@ class Rollouts(NamedTuple):
     old_log_prob_BKD: Tensor
     advantages_B: Tensor
     std: float
+    elsewhere: Elsewhere | None = None
 
 
 def group_advantages(rewards_B: Tensor, group_size: int) -> tuple[Tensor, float]:
@@ -87,3 +104,19 @@ def ppo_loss(
         "clip_ratio/region_mean": (clipped_gain_BK < gain_BK).float().mean(),
     }
     return policy_loss - entropy_coef * mean_entropy, {name: value.detach() for name, value in metrics.items()}
+
+
+def anchor_loss(policy: SolverPolicy, outputs: Tensor, elsewhere: Elsewhere, std: float) -> Tensor:
+    """Mean over the steps of all other cells of the KL divergence between the answer before and after the update.
+
+    The cells share a network, and the rollouts of one say nothing about the others: without this an update for one is
+    a random one for the rest, and by the time that they have their turn again they have forgotten.
+
+    Args:
+        policy: says which head `outputs` are of.
+        outputs: its answer to `elsewhere.inputs_SF`, with gradient.
+        elsewhere: the other cells.
+        std: of the exploration.
+    """
+    divergence_SD = divergence(policy, elsewhere.outputs, outputs, std)
+    return torch.where(elsewhere.mask_SD, divergence_SD, 0.0).sum(dim=-1).mean()

@@ -53,6 +53,7 @@ TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 HEADS = ("gaussian", "categorical")
 POLICY_INPUTS = {"noise_levels": 5, "published": 2}  # name -> number of inputs F
+INPUT_GAIN = 10.0  # see SolverPolicy
 
 # Whose grid the solver stands on. The diffusers class itself makes it, so it is theirs by construction.
 GRIDS = {
@@ -229,7 +230,10 @@ class SolverPolicy(nn.Module):
         num_bins (`int`): bins of the categorical head, end points included.
         hidden_dim (`int`): width of the two hidden layers (published: 256).
 
-    The published network uses ReLU, and so does the categorical head, to load published weights; the other SiLU.
+    The published network uses ReLU, and so does the categorical head, to load published weights; the other SiLU. The
+    inputs lie in [0, 1], and neighbouring steps may differ by a few hundredths: with torch's own initialisation the
+    features are nearly linear in them, and telling the steps apart takes thousands of updates. So the Gaussian head's
+    first layer starts `INPUT_GAIN` times as large.
     """
 
     def __init__(
@@ -252,6 +256,10 @@ class SolverPolicy(nn.Module):
             activation(),
             nn.Linear(hidden_dim, num_outputs),
         )
+        if head == "gaussian":
+            with torch.no_grad():
+                self.mlp[0].weight.mul_(INPUT_GAIN)
+                self.mlp[0].bias.mul_(INPUT_GAIN)
         nn.init.zeros_(self.mlp[-1].weight)
         nn.init.zeros_(self.mlp[-1].bias)
         if head == "categorical":

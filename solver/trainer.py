@@ -37,8 +37,7 @@ from transformers.utils import logging
 
 from solver.contact_sheet import save_contact_sheet
 from solver.exploration import actions_of, draw_choices, log_probability
-from solver.policy_init import widen_first_layer
-from solver.ppo import Rollouts, group_advantages, ppo_loss
+from solver.ppo import Elsewhere, Rollouts, anchor_loss, group_advantages, ppo_loss
 from solver.rollout import Renderer
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler, SolverTable
 from solver.scoring import RewardFunction, Scorer, Scores
@@ -94,7 +93,6 @@ class ConsistencySolverTrainer(Trainer):
         )
         self.scheduler = scheduler
         scheduler.extend_trained_steps(args.step_counts)
-        widen_first_layer(scheduler.policy, args.input_gain)
         pipeline.to(self.accelerator.device)
         self.renderer = Renderer(pipeline, scheduler, *image_size(train_dataset), args.rollout_batch_size, encode)
         self.scorer = Scorer(self.renderer, reward_funcs, args.reward_weights, self.accelerator)
@@ -133,9 +131,14 @@ class ConsistencySolverTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Rollouts, return_outputs: bool = False, num_items_in_batch=None):
         """The clipped loss of PPO; `model` is the policy, or its distributed wrapper."""
-        outputs = model(inputs.inputs_KF)
-        args = self.args
-        loss, metrics = ppo_loss(self.scheduler.policy, outputs, inputs, args.clip_range, args.entropy_coef)
+        args, policy, elsewhere = self.args, self.scheduler.policy, inputs.elsewhere
+        seen = inputs.inputs_KF if elsewhere is None else torch.cat([inputs.inputs_KF, elsewhere.inputs_SF])
+        outputs, outputs_elsewhere = model(seen).tensor_split([len(inputs.inputs_KF)])
+        loss, metrics = ppo_loss(policy, outputs, inputs, args.clip_range, args.entropy_coef)
+        if elsewhere is not None:
+            anchor = anchor_loss(policy, outputs_elsewhere, elsewhere, inputs.std)
+            metrics["kl_elsewhere"] = anchor.detach()
+            loss = loss + args.anchor_coef * anchor
         self._record(metrics)
         return (loss, outputs) if return_outputs else loss
 
@@ -175,14 +178,38 @@ class ConsistencySolverTrainer(Trainer):
         choices_BKD = choices_BKD.to(device)
         old_log_prob_BKD = log_probability(policy, outputs, choices_BKD, std)
         mask_KD = self.scheduler.action_mask(steps).to(device)
-        return Rollouts(iteration, inputs_KF, mask_KD, choices_BKD, old_log_prob_BKD, advantages_B.to(device), std)
+        return Rollouts(
+            iteration,
+            inputs_KF,
+            mask_KD,
+            choices_BKD,
+            old_log_prob_BKD,
+            advantages_B.to(device),
+            std,
+            self._elsewhere(steps, guidance_scale, rows[0]["prompt"]),
+        )
+
+    def _elsewhere(self, steps: int, guidance_scale: float, prompt: str) -> Elsewhere | None:
+        """All cells but this one, with the policy's present answers; None where there are no others."""
+        cells = [cell for cell in self.cells if cell != (steps, guidance_scale)]
+        if not cells or not self.args.anchor_coef:
+            return None
+        device = self.accelerator.device
+        inputs = [self.scheduler.policy_inputs(k, scale, **self.renderer.grid(k, prompt)) for k, scale in cells]
+        inputs_SF = torch.cat(inputs).to(device)
+        mask_SD = torch.cat([self.scheduler.action_mask(k) for k, _ in cells]).to(device)
+        return Elsewhere(inputs_SF, mask_SD, self.scheduler.policy(inputs_SF))
+
+    @property
+    def cells(self) -> list[tuple[int, float]]:
+        """All pairs of a number of steps K and a guidance scale to train on."""
+        return [(steps, scale) for steps in self.args.step_counts for scale in self.train_rows]
 
     def draw_cell(self, iteration: int) -> tuple[int, float]:
         """K and guidance scale of an iteration: all pairs in random order, then all in another, and so on."""
-        cells = [(steps, scale) for steps in self.args.step_counts for scale in self.train_rows]
-        sweep, place = divmod(iteration, len(cells))
-        order = torch.randperm(len(cells), generator=seeded_generator(self.args.seed, "cells", sweep))
-        return cells[order[place]]
+        sweep, place = divmod(iteration, len(self.cells))
+        order = torch.randperm(len(self.cells), generator=seeded_generator(self.args.seed, "cells", sweep))
+        return self.cells[order[place]]
 
     def exploration_std(self, iteration: int) -> float:
         """From `exploration_std` to `final_exploration_std`, geometrically."""

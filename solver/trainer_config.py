@@ -38,9 +38,11 @@ class ConsistencySolverConfig(TrainingArguments):
     # PPO
     num_ppo_epochs: int = field(default=8, metadata={"help": "updates on each batch of rollouts"})
     clip_range: float = field(default=0.2, metadata={"help": "of the ratio of new to old probability"})
+    anchor_coef: float = field(
+        default=1.0, metadata={"help": "holds the policy's answers for other numbers of steps and guidance scales"}
+    )
     entropy_coef: float = field(default=0.0, metadata={"help": "bonus of the categorical head's entropy"})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "one a reward function; default 1"})
-    input_gain: float = field(default=10.0, metadata={"help": "first layer of an untrained policy, times torch's own"})
     learning_rate: float = field(default=1e-3, metadata={"help": "of the optimiser"})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "see TrainingArguments; it decays to 0"})
 
@@ -85,6 +87,8 @@ class ConsistencySolverConfig(TrainingArguments):
                 f"exploration_std={self.exploration_std} must not be below "
                 f"final_exploration_std={self.final_exploration_std}, and both must be above 0."
             )
+        if not self.anchor_coef >= 0:
+            raise ValueError(f"anchor_coef={self.anchor_coef}: expected 0 or more.")
         if not 0 < self.clip_range < 1:
             raise ValueError(f"clip_range={self.clip_range}: expected a number between 0 and 1.")
         if self.max_steps > 0 and self.max_steps != self.num_iterations * self.num_ppo_epochs:

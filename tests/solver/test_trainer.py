@@ -13,7 +13,7 @@ from PIL import Image
 from toy_mixture import latent_psnr, toy_dataset, toy_pipeline
 
 from solver import ConsistencySolverScheduler, SolverPolicy
-from solver.exploration import actions_of, draw_choices, entropy, log_probability
+from solver.exploration import actions_of, divergence, draw_choices, entropy, log_probability
 from solver.ppo import group_advantages
 from solver.trainer import ConsistencySolverTrainer, seeded_generator
 from solver.trainer_config import ConsistencySolverConfig
@@ -69,6 +69,33 @@ def test_categorical_head_learns_too(tmp_path):
     before = trainer.evaluate()["eval_reward"]
     trainer.train()
     assert trainer.evaluate()["eval_reward"] > before + 0.5  # dB; the weights alone have little to give
+
+
+def test_an_update_for_one_cell_spares_the_others(tmp_path):
+    rows = toy_dataset(24, (1.0, 3.0), steps=100)
+    moved = {}
+    for anchor_coef in (0.0, 10.0):
+        changes = {"num_iterations": 1, "num_ppo_epochs": 100, "anchor_coef": anchor_coef, "inference_steps": [4, 6]}
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path, (rows, rows), **changes)
+        trainer.train()
+        own = trainer.draw_cell(0)
+        answers = {cell: trainer.scheduler.policy(trainer.scheduler.policy_inputs(*cell)) for cell in trainer.cells}
+        others = torch.cat([answer for cell, answer in answers.items() if cell != own])
+        moved[anchor_coef] = others.abs().mean().item(), answers[own].abs().mean().item()
+    assert moved[10.0][0] < 0.3 * moved[0.0][0]  # an untrained policy answers 0
+    assert moved[10.0][0] < 0.5 * moved[10.0][1]  # and its own cell is free to move
+
+
+@pytest.mark.parametrize("head", ["gaussian", "categorical"])
+def test_divergence_is_the_mean_of_the_log_ratio(head):
+    torch.manual_seed(0)
+    policy = SolverPolicy(2, [(-1.0, 1.0)], head=head, num_bins=5)
+    shape = (3, 1) if head == "gaussian" else (3, 1, 5)
+    old, new = torch.randn(2, *shape)
+    choices = draw_choices(policy, old, 200_000, 0.5, head == "gaussian", torch.Generator().manual_seed(0))
+    ratio = log_probability(policy, old, choices, 0.5) - log_probability(policy, new, choices, 0.5)
+    torch.testing.assert_close(divergence(policy, old, new, 0.5), ratio.mean(0), rtol=0.03, atol=0.01)
 
 
 def test_the_solver_remembers_what_it_is_trained_on(tmp_path):
