@@ -6,14 +6,13 @@
 With these s both are dy = f ds, so HiFlow's rules, written for flow models, hold for SD and SDXL as they stand.
 """
 
-import copy
 import math
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from solver.samplers.cascade import is_flow
+from solver.samplers.cascade import fresh_copy, is_flow
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler
 
 PREDICTIONS = ("flow", "epsilon", "v_prediction")
@@ -76,7 +75,7 @@ def stage_solver(pipe: DiffusionPipeline, scheduler: SchedulerMixin | None = Non
     given = pipe.scheduler if scheduler is None else scheduler
     plain = FlowMatchEulerDiscreteScheduler if is_flow(given) else DDIMScheduler
     if isinstance(given, plain | ConsistencySolverScheduler):
-        return copy.deepcopy(given)
+        return fresh_copy(given)
     if scheduler is not None:
         raise ValueError(
             f"scheduler={type(scheduler).__name__}: HiFlow's stages are walked by {plain.__name__} or "

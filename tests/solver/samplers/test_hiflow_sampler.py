@@ -275,6 +275,18 @@ def test_the_learned_solver_runs_the_stages(family):
     assert result.sigmas[1] == result.sigmas[0][-K - 1 :]
 
 
+@torch.no_grad()
+def test_what_the_scheduler_last_did_does_not_count():
+    """A run of as many steps as a stage skips leaves the scheduler where that stage begins."""
+    pipe, call = prepared("flux")
+    expected = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    pipe(**call, height=32, width=32, num_inference_steps=N - K, output_type="latent")
+    assert pipe.scheduler.step_index == N - K
+    result = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    assert result.sigmas == expected.sigmas
+    assert torch.equal(result.images[-1], expected.images[-1])
+
+
 def test_schedulers_of_many_kinds_give_way_to_ddim():
     pipe, call = prepared("sd")
     stock = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
