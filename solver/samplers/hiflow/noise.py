@@ -70,9 +70,13 @@ def stage_solver(pipe: DiffusionPipeline, scheduler: SchedulerMixin | None = Non
         scheduler: instead of the pipeline's.
 
     Raises:
-        ValueError: the given scheduler is another one.
+        ValueError: the given scheduler is another one, or of another kind of model.
     """
     given = pipe.scheduler if scheduler is None else scheduler
+    if (kind := prediction_type(given)) != (own := prediction_type(pipe.scheduler)):
+        raise ValueError(
+            f"scheduler={type(scheduler).__name__} is for models that predict {kind}, this one predicts {own}."
+        )
     plain = FlowMatchEulerDiscreteScheduler if is_flow(given) else DDIMScheduler
     if isinstance(given, plain | ConsistencySolverScheduler):
         return fresh_copy(given)

@@ -12,6 +12,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
+    FluxTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionControlNetPipeline,
 )
@@ -273,6 +275,20 @@ def test_the_learned_solver_runs_the_stages(family):
     result = hiflow(pipe, None, 1, (32, 64), CODE, scheduler=trained, call=call)
     assert not torch.allclose(result.images[-1], stock.images[-1], atol=1e-3)
     assert result.sigmas[1] == result.sigmas[0][-K - 1 :]
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "message"),
+    [
+        ("sd3", DDIMScheduler(), "predict epsilon, this one predicts flow"),
+        ("sd", FlowMatchEulerDiscreteScheduler(), "predict flow, this one predicts epsilon"),
+        ("sd", DDIMScheduler(prediction_type="v_prediction"), "predict v_prediction, this one predicts epsilon"),
+    ],
+)
+def test_a_scheduler_of_another_kind_of_model_is_refused(family, scheduler, message):
+    pipe, call = prepared(family)
+    with pytest.raises(ValueError, match=message):
+        hiflow(pipe, None, 1, (32, 64), CODE, scheduler=scheduler, call=call)
 
 
 @torch.no_grad()
