@@ -21,7 +21,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from solver.samplers.cost import NETWORKS, image_tokens, run_flops
 from solver.samplers.hiflow.memory import GIB, activation_bytes, decoder_bytes
-from solver.samplers.hiflow.noise import diffusion_sigmas
+from solver.samplers.hiflow.noise import check_rule, diffusion_sigmas
 from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, plan_stages
 
 BF16 = 2  # bytes
@@ -108,6 +108,7 @@ def explain(
         raise ValueError(f"family {family!r}: plans without weights are known for {', '.join(FAMILIES)}.")
     model, network = FAMILIES[family], NETWORKS[FAMILIES[family].network]
     recipe = as_recipe(preset)
+    check_rule(recipe.acceleration, "epsilon" if model.unet else "flow")
     distilled = model.guidance_scale is None
     stages = plan_stages(sizes, recipe, network.pixels, guidance_scale, alignment, distilled, model.flux)
     largest = max(stages[-1].height, stages[-1].width)

@@ -30,6 +30,14 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
     return kind
 
 
+def check_rule(rule: str, kind: str) -> None:
+    """Raises ValueError where the rule of the acceleration does not hold for what the model predicts."""
+    if rule == "fixed-noise" and kind != "flow":
+        raise ValueError(
+            f"acceleration={rule!r} is for flow models, and this one predicts {kind}: take 'code' or 'eq10'."
+        )
+
+
 def noised(x0: Tensor, noise: Tensor, s: float, kind: str) -> Tensor:
     """The sample at noise level s of a clean image and a noise of its shape."""
     if kind == "flow":

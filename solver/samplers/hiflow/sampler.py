@@ -28,6 +28,7 @@ from solver.samplers.hiflow import model_patches
 from solver.samplers.hiflow.alignment import StageAlignment, Trajectory, enlarge, sharpen
 from solver.samplers.hiflow.memory import check_memory
 from solver.samplers.hiflow.noise import (
+    check_rule,
     clean_image,
     diffusion_sigmas,
     model_output_of,
@@ -167,6 +168,7 @@ class _Run:
         self.scheduler, self.call = scheduler, call
         solver = stage_solver(pipe, scheduler)
         self.kind, self.grid = prediction_type(solver), None
+        check_rule(recipe.acceleration, self.kind)
         if self.kind == "flow":
             self.grid = sigma_grid(pipe, recipe.steps, *base, scheduler=_plain(pipe), **self._call(*base))
             set_grid(solver, self.grid)

@@ -137,6 +137,8 @@ def test_bad_plans(message):
 def test_bad_reports():
     with pytest.raises(ValueError, match=r"'flux2'.*flux, flux-kontext"):
         explain("flux2", LADDER)
+    with pytest.raises(ValueError, match="'fixed-noise' is for flow models"):
+        explain("sdxl", LADDER[:2], replace(CODE, acceleration="fixed-noise"))
     with pytest.raises(ValueError, match="3072 pixels a side"):
         explain("sd3", LADDER)
     with pytest.raises(ValueError, match="'code', 'paper'"):

@@ -457,6 +457,9 @@ def test_bad_input_is_refused_before_anything_runs():
 
 
 def test_families_that_cannot():
+    with pytest.raises(ValueError, match="'fixed-noise' is for flow models, and this one predicts epsilon"):
+        pipe, call = prepared("sd")
+        hiflow(pipe, None, 1, (32, 64), replace(CODE, acceleration="fixed-noise"), call=call)
     with pytest.raises(ValueError, match="makes videos"):
         pipe, call = prepared("wan")
         hiflow(pipe, None, 1, (32, 64), CODE, call=call)
