@@ -85,7 +85,7 @@ def stage_solver(pipe: DiffusionPipeline, scheduler: SchedulerMixin | None = Non
         raise ValueError(
             f"scheduler={type(scheduler).__name__} is for models that predict {kind}, this one predicts {own}."
         )
-    plain = FlowMatchEulerDiscreteScheduler if is_flow(given) else DDIMScheduler
+    plain = FlowMatchEulerDiscreteScheduler if kind == "flow" else DDIMScheduler
     if isinstance(given, plain | ConsistencySolverScheduler):
         return fresh_copy(given)
     if scheduler is not None:
@@ -93,7 +93,18 @@ def stage_solver(pipe: DiffusionPipeline, scheduler: SchedulerMixin | None = Non
             f"scheduler={type(scheduler).__name__}: HiFlow's stages are walked by {plain.__name__} or "
             "ConsistencySolverScheduler."
         )
-    return plain.from_config(given.config)
+    return first_order(given)
+
+
+def first_order(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """Euler of flow models or DDIM, with the scheduler's noise schedule, and its grid where it was said.
+
+    DDIM clips x_0 to [-1, 1] by default; latents are larger, and only a scheduler that says so itself means them.
+    """
+    config = scheduler.config
+    if not is_flow(scheduler):
+        return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+    return FlowMatchEulerDiscreteScheduler.from_config(config)
 
 
 def diffusion_sigmas(scheduler: SchedulerMixin, steps: int, device: torch.device | None = None) -> Tensor:

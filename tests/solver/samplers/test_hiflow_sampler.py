@@ -277,6 +277,15 @@ def test_the_learned_solver_runs_the_stages(family):
     assert result.sigmas[1] == result.sigmas[0][-K - 1 :]
 
 
+def test_latents_are_not_clipped_where_a_scheduler_does_not_say_so():
+    pipe, _ = prepared("sd")
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipe.scheduler = EulerDiscreteScheduler(**schedule)
+    assert stage_solver(pipe).config.clip_sample is False
+    pipe.scheduler = DDIMScheduler(**schedule, clip_sample=True)
+    assert stage_solver(pipe).config.clip_sample is True
+
+
 @pytest.mark.parametrize(
     ("family", "scheduler", "message"),
     [
