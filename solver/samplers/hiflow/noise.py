@@ -104,7 +104,8 @@ def first_order(scheduler: SchedulerMixin) -> SchedulerMixin:
     config = scheduler.config
     if not is_flow(scheduler):
         return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
-    return FlowMatchEulerDiscreteScheduler.from_config(config)
+    shift = config.get("shift", config.get("flow_shift"))  # the latter is that of multistep solvers in flow mode
+    return FlowMatchEulerDiscreteScheduler.from_config(config, **({} if shift is None else {"shift": shift}))
 
 
 def diffusion_sigmas(scheduler: SchedulerMixin, steps: int, device: torch.device | None = None) -> Tensor:

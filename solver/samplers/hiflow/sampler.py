@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
@@ -31,6 +31,7 @@ from solver.samplers.hiflow.noise import (
     check_rule,
     clean_image,
     diffusion_sigmas,
+    first_order,
     model_output_of,
     noised,
     prediction_type,
@@ -170,7 +171,8 @@ class _Run:
         self.kind, self.grid = prediction_type(solver), None
         check_rule(recipe.acceleration, self.kind)
         if self.kind == "flow":
-            self.grid = sigma_grid(pipe, recipe.steps, *base, scheduler=_plain(pipe), **self._call(*base))
+            plain = first_order(pipe.scheduler)
+            self.grid = sigma_grid(pipe, recipe.steps, *base, scheduler=plain, **self._call(*base))
             set_grid(solver, self.grid)
             self.levels = solver.sigmas.tolist()
         else:
@@ -252,11 +254,6 @@ def _patches(pipe: DiffusionPipeline, stage: Stage, base: tuple[int, int], is_sh
             if stage.shifted_patches:
                 stack.enter_context(model_patches.shifted_patches(pipe, (rows, columns), is_shifted))
         yield
-
-
-def _plain(pipe: DiffusionPipeline) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler that says which grid the pipeline asks for."""
-    return FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
 
 
 def _resized(control, height: int, width: int):

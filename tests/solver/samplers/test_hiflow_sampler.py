@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionControlNetPipeline,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 from tiny_pipelines import run, tiny_pipeline
@@ -284,6 +285,14 @@ def test_latents_are_not_clipped_where_a_scheduler_does_not_say_so():
     assert stage_solver(pipe).config.clip_sample is False
     pipe.scheduler = DDIMScheduler(**schedule, clip_sample=True)
     assert stage_solver(pipe).config.clip_sample is True
+
+
+def test_the_shift_of_a_multistep_solver_is_kept():
+    pipe, call = prepared("sd3")
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    sigmas = hiflow(pipe, None, 1, (32, 64), CODE, call=call).sigmas[0]
+    # 3 t / (1 + 2 t) of evenly spaced times; the first one after the start shows it, t = 0.75 unshifted.
+    assert sigmas[1] == pytest.approx(0.9, abs=1e-3)
 
 
 @pytest.mark.parametrize(
