@@ -40,19 +40,16 @@ def check_rule(rule: str, kind: str) -> None:
 
 def noised(x0: Tensor, noise: Tensor, s: float, kind: str) -> Tensor:
     """The sample at noise level s of a clean image and a noise of its shape."""
-    if kind == "flow":
-        return (1 - s) * x0 + s * noise
-    return (x0 + s * noise) / math.hypot(1, s)
+    alpha, sigma = _signal_and_noise(s, kind)
+    return alpha * x0 + sigma * noise
 
 
 def clean_image(sample: Tensor, model_output: Tensor, s: float, kind: str) -> Tensor:
     """x_0 as the network predicts it."""
-    if kind == "flow":
-        return sample - s * model_output
-    alpha = 1 / math.hypot(1, s)
-    if kind == "v_prediction":
-        return alpha * sample - s * alpha * model_output
-    return sample / alpha - s * model_output
+    alpha, sigma = _signal_and_noise(s, kind)
+    if kind == "epsilon":
+        return (sample - sigma * model_output) / alpha
+    return (alpha if kind == "v_prediction" else 1) * sample - sigma * model_output
 
 
 def model_output_of(sample: Tensor, x0: Tensor, s: float, kind: str) -> Tensor:
@@ -61,11 +58,17 @@ def model_output_of(sample: Tensor, x0: Tensor, s: float, kind: str) -> Tensor:
     Args:
         s: > 0.
     """
+    alpha, sigma = _signal_and_noise(s, kind)
+    if kind == "epsilon":
+        return (sample - alpha * x0) / sigma
+    return ((alpha if kind == "v_prediction" else 1) * sample - x0) / sigma
+
+
+def _signal_and_noise(s: float, kind: str) -> tuple[float, float]:
+    """α and σ; s is infinite where a schedule begins with noise alone (zero terminal SNR)."""
     if kind == "flow":
-        return (sample - x0) / s
-    alpha = 1 / math.hypot(1, s)
-    epsilon = (sample / alpha - x0) / s
-    return epsilon if kind == "epsilon" else alpha * epsilon - s * alpha * x0
+        return 1 - s, s
+    return 1 / math.hypot(1, s), 1 / math.hypot(1, 1 / s)
 
 
 def stage_solver(pipe: DiffusionPipeline, scheduler: SchedulerMixin | None = None) -> SchedulerMixin:

@@ -1,6 +1,7 @@
 """HiFlow on stock pipelines of every family, against runs written out by hand."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -144,6 +145,19 @@ def test_noise_levels_there_and_back(kind):
     x = noised(x0, noise, s, kind)
     torch.testing.assert_close(clean_image(x, truth, s, kind), x0)
     torch.testing.assert_close(model_output_of(x, x0, s, kind), truth)
+
+
+def test_noise_alone_is_a_noise_level_too():
+    """Zero terminal SNR: v = -x_0 there, and all steps of the base can be run again."""
+    x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    assert torch.equal(noised(x0, noise, math.inf, "v_prediction"), noise)
+    assert torch.equal(clean_image(noise, -x0, math.inf, "v_prediction"), x0)
+    assert torch.equal(model_output_of(noise, x0, math.inf, "v_prediction"), -x0)
+    pipe, call = prepared("sd")
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **settings)
+    result = hiflow(pipe, None, 1, (32, 64), replace(CODE, stage_steps=(N,)), call=call)
+    assert result.sigmas[1][0] == math.inf and result.images[-1].isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "sd", "qwen-image"])
