@@ -23,6 +23,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
+from solver.samplers.calls import guidance, guides_by_true_cfg
 from solver.samplers.cascade import Segment, encoded_once, run_segment, set_grid, sigma_grid
 from solver.samplers.hiflow import model_patches
 from solver.samplers.hiflow.alignment import StageAlignment, Trajectory, enlarge, sharpen
@@ -88,7 +89,8 @@ def hiflow(
         preset: "code" or "paper", or a `plan.Recipe`; with other numbers of steps see `plan.with_steps`.
         image: a picture of the first size to start from instead of rendering it: PIL, or (B or 1, 3, H, W) in [0, 1].
             Its latents are the reference at every noise level.
-        guidance_scale: one, or one a stage; by default the recipe's for FLUX.1-dev, else the pipeline's own.
+        guidance_scale: one, or one a stage; by default the recipe's for FLUX.1-dev, else the pipeline's own. Where a
+            pipeline calls it `true_cfg_scale`, it is that, with an empty negative prompt unless `call` has one.
         alignment: "full", or less of it, to see what it does: "none" (the last size alone, from noise), "init",
             "init+direction".
         scheduler: the solver of all stages: FlowMatchEulerDiscreteScheduler, DDIMScheduler or a learned
@@ -121,6 +123,8 @@ def hiflow(
     base = _as_size(sizes[0])
     _check_positions(pipe, stages[-1])
     call, seeds = _picture_call(pipe, prompt, seed, call or {})
+    if guidance_scale is not None:
+        _check_guidance(pipe, call)
     start = None if image is None else _given_image(image, base, len(seeds))
     if not ignore_memory:
         check_memory(pipe, stages, len(seeds))
@@ -223,7 +227,8 @@ class _Run:
         """The pipeline's arguments at this size."""
         call = dict(self.call)
         if guidance_scale is not None:
-            call["guidance_scale"] = guidance_scale
+            given = any(call.get(f"negative_prompt{end}") is not None for end in ("", "_embeds"))
+            call |= guidance(self.pipe, guidance_scale, 0 if given else len(self.seeds))
         # For what a pipeline draws by itself, such as the latents of a control image.
         call["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         if self.pipe.components.get("controlnet") is not None:
@@ -291,6 +296,19 @@ def _picture_call(pipe, prompt, seed, call: dict) -> tuple[dict, list[int]]:
     if len(prompts) != len(seeds) or not seeds:
         raise ValueError(f"{len(prompts)} prompts, but {len(seeds)} seeds: every picture has one of each.")
     return {**call, "prompt": prompts}, seeds
+
+
+def _check_guidance(pipe, call: dict) -> None:
+    """A guidance scale of FLUX schnell or Qwen-Image is a `true_cfg_scale`, which needs a negative prompt."""
+    if not guides_by_true_cfg(pipe):
+        return
+    if "true_cfg_scale" in call:
+        raise ValueError(
+            f"call has true_cfg_scale={call['true_cfg_scale']}, which is what guidance_scale is for "
+            f"{type(pipe).__name__} with this model: give one of the two."
+        )
+    if call.get("prompt") is None and call.get("negative_prompt_embeds") is None:
+        raise ValueError("guidance_scale with prompt_embeds needs negative_prompt_embeds in call as well.")
 
 
 def _given_image(image, base: tuple[int, int], batch: int) -> Tensor:

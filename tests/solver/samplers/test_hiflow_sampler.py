@@ -24,6 +24,7 @@ from tiny_pipelines import run, tiny_pipeline
 from torch import nn
 
 from solver import ConsistencySolverScheduler
+from solver.samplers.calls import guidance, text_length
 from solver.samplers.hiflow import PRESETS, hiflow, with_steps
 from solver.samplers.hiflow.alignment import enlarge, sharpen
 from solver.samplers.hiflow.lowpass import lowpass
@@ -35,7 +36,7 @@ N, K = 5, 3
 CODE = replace(with_steps(PRESETS["code"], N), stage_steps=(K,))
 PLAIN = replace(CODE, ntk_factor=(1.0,), proportional_attention=False, shifted_patches=False)
 IMAGE_FAMILIES = ("flux", "flux-kontext", "sd3", "sd", "sdxl", "qwen-image")
-OURS = ("height", "width", "generator", "output_type", "guidance_scale", "max_area")
+OURS = ("height", "width", "generator", "output_type", "guidance_scale", "true_cfg_scale", "max_area")
 
 
 def prepared(family, batch_size=1):
@@ -58,7 +59,7 @@ def test_the_base_picture_is_the_stock_one(family):
     result = hiflow(pipe, None, 3, (32, 64), CODE, guidance_scale=2.0, call=call)
     (noise,) = noise_of(pipe, 3, 32)
     _, stock = tiny_pipeline(family)
-    stock.update({"guidance_scale": 2.0, "latents": pack(pipe, noise)})
+    stock.update({**guidance(pipe, 2.0), "latents": pack(pipe, noise)})
     latents = run(pipe, stock, num_inference_steps=N)
     expected = decode(pipe, unpack(pipe, latents, latent_shape(pipe, 32, 32)))
     torch.testing.assert_close(result.images[0], expected, rtol=0, atol=1e-5)
@@ -179,6 +180,24 @@ def test_encoding_is_the_inverse_of_decoding_in_scale(family):
 
     vae.encode = Encoded
     torch.testing.assert_close(encode(pipe, images)[:, :3], latents[:, :3] * 0.1)
+
+
+# ---- guidance and prompts ----
+
+
+def test_guidance_of_a_flux_that_is_not_told_it_is_true_cfg():
+    pipe, call = prepared("flux")
+    pipe.transformer = FluxTransformer2DModel.from_config({**pipe.transformer.config, "guidance_embeds": False})
+    with pytest.raises(ValueError, match="needs negative_prompt_embeds"):
+        hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call=call)
+    names = ("prompt_embeds", "pooled_prompt_embeds")
+    call |= {f"negative_{name}": torch.randn(call[name].shape) for name in names}
+    with pytest.raises(ValueError, match="true_cfg_scale=3"):
+        hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, "true_cfg_scale": 3})
+    plain = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    guided = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=(1.0, 6.0), call=call)
+    assert torch.equal(guided.images[0], plain.images[0])
+    assert not torch.allclose(guided.images[1], plain.images[1], atol=1e-3)
 
 
 # ---- the same picture ----
