@@ -46,6 +46,8 @@ OURS = (
     *("prompt", "latents", "height", "width", "num_inference_steps", "sigmas", "timesteps", "guidance_scale"),
     *("generator", "num_images_per_prompt", "output_type", "return_dict"),
 )  # arguments of a pipeline that are said in another way here
+# One a picture, or one for all.
+TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 
 class HiFlowResult(NamedTuple):
@@ -295,7 +297,8 @@ def _picture_call(pipe, prompt, seed, call: dict) -> tuple[dict, list[int]]:
     prompts = [prompt] * len(seeds) if isinstance(prompt, str) else list(prompt)
     if len(prompts) != len(seeds) or not seeds:
         raise ValueError(f"{len(prompts)} prompts, but {len(seeds)} seeds: every picture has one of each.")
-    return {**call, "prompt": prompts}, seeds
+    spread = {name: [call[name]] * len(seeds) for name in TEXTS if isinstance(call.get(name), str)}
+    return {**call, **spread, "prompt": prompts}, seeds
 
 
 def _check_guidance(pipe, call: dict) -> None:

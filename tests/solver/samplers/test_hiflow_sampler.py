@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ import torch.nn.functional as F
 from diffusers import (
     ControlNetModel,
     DDIMScheduler,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionControlNetPipeline,
     UniPCMultistepScheduler,
@@ -24,7 +26,7 @@ from tiny_pipelines import run, tiny_pipeline
 from torch import nn
 
 from solver import ConsistencySolverScheduler
-from solver.samplers.calls import guidance, text_length
+from solver.samplers.calls import guidance
 from solver.samplers.hiflow import PRESETS, hiflow, with_steps
 from solver.samplers.hiflow.alignment import enlarge, sharpen
 from solver.samplers.hiflow.lowpass import lowpass
@@ -33,6 +35,7 @@ from solver.samplers.hiflow.pixels import encode, tiled_where_needed
 from solver.samplers.latents import decode, latent_shape, pack, unpack
 
 N, K = 5, 3
+ZOO = Path(__file__).parents[3] / "zoo"
 CODE = replace(with_steps(PRESETS["code"], N), stage_steps=(K,))
 PLAIN = replace(CODE, ntk_factor=(1.0,), proportional_attention=False, shifted_patches=False)
 IMAGE_FAMILIES = ("flux", "flux-kontext", "sd3", "sd", "sdxl", "qwen-image")
@@ -198,6 +201,18 @@ def test_guidance_of_a_flux_that_is_not_told_it_is_true_cfg():
     guided = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=(1.0, 6.0), call=call)
     assert torch.equal(guided.images[0], plain.images[0])
     assert not torch.allclose(guided.images[1], plain.images[1], atol=1e-3)
+
+
+def test_one_negative_prompt_serves_all_pictures():
+    pipe = DiffusionPipeline.from_pretrained(ZOO / "mini-sd", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    recipe = replace(CODE, steps=2, stage_steps=(1,))
+    one, each = (
+        hiflow(pipe, "a red ring", [1, 2], (32, 64), recipe, guidance_scale=4.0, call={"negative_prompt": negative})
+        for negative in ("a blue cube", ["a blue cube"] * 2)
+    )
+    assert one.images[-1].shape == (2, 3, 64, 64)
+    assert torch.equal(one.images[-1], each.images[-1])
 
 
 # ---- the same picture ----
