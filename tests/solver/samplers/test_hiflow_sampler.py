@@ -215,6 +215,19 @@ def test_one_negative_prompt_serves_all_pictures():
     assert torch.equal(one.images[-1], each.images[-1])
 
 
+@pytest.mark.parametrize(("family", "expected"), [("sdxl", torch.float32), ("sd", torch.float16)])
+def test_an_autoencoder_that_overflows_in_half_precision_runs_in_full_as_in_the_stock_pipeline(family, expected):
+    pipe, _ = prepared(family)
+    pipe.vae.to(torch.float16)
+    seen = []
+    pipe.vae.encoder.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    pipe.vae.decoder.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    picture = decode(pipe, torch.zeros(1, *latent_shape(pipe, 32, 32)))
+    encode(pipe, picture)
+    assert seen == [expected] * 2
+    assert pipe.vae.dtype == torch.float16
+
+
 # ---- the same picture ----
 
 
