@@ -11,7 +11,7 @@ from tiny_flux import save_tiny_flux
 import sample
 from evaluation.rendering import load_pipeline
 from solver.samplers.calls import text_length
-from solver.samplers.hiflow.explain import FAMILIES, explain
+from solver.samplers.hiflow.explain import FAMILIES, as_table, explain
 from solver.samplers.hiflow.plan import PRESETS, plan_stages, with_changes, with_steps
 from solver.samplers.latents import initial_noise, latent_shape, pack
 
@@ -81,6 +81,12 @@ def test_guidance_is_the_recipes_only_for_distilled_models():
         3,
     ]
     assert {stage["guidance_scale"] for stage in explain("flux", LADDER, guidance_scale=2)["stages"]} == {2.0}
+
+
+def test_a_recipe_without_guidance_leaves_it_to_the_pipeline():
+    report = explain("flux", LADDER, replace(CODE, guidance_scales=None))
+    assert [stage["guidance_scale"] for stage in report["stages"]] == [3.5] * 3
+    assert "3.5" in as_table(report)
 
 
 def test_other_sizes_and_step_counts():
