@@ -38,7 +38,7 @@ def rope_base(pipe: DiffusionPipeline, factor: float) -> Iterator[None]:
         for name in ("transformer", "controlnet")
         if isinstance(pipe.components.get(name), nn.Module)
         for module in pipe.components[name].modules()
-        if hasattr(module, "theta") and hasattr(module, "axes_dim")
+        if {"theta", "axes_dim"} <= vars(module).keys()  # its own: a compiled wrapper answers for what it wraps
     ]
     before = [module.theta for module in embeddings]
     try:
@@ -70,7 +70,7 @@ def attention_scale(transformer: nn.Module, tokens: int, base_tokens: int, text_
         norm
         for attention in transformer.modules()
         for name in ("norm_q", "norm_added_q")
-        if isinstance(norm := getattr(attention, name, None), nn.Module)
+        if (norm := attention._modules.get(name)) is not None  # not getattr: a compiled wrapper would answer too
     ]
     if not norms:
         raise ValueError(

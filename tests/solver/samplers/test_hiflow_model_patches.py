@@ -173,3 +173,14 @@ def test_shift_only_when_asked(pipe):
     before = evaluate(pipe, **given)
     with shifted_patches(pipe, (GRID, GRID), lambda: next(steps)):
         assert torch.equal(evaluate(pipe, **given), before)
+
+
+def test_parts_that_are_compiled_are_patched_once(pipe):
+    network = pipe.transformer
+    attention = network.transformer_blocks[0].attn
+    network.pos_embed = torch.compile(network.pos_embed, backend="eager")
+    network.transformer_blocks[0].attn = torch.compile(attention, backend="eager")
+    with rope_base(pipe, 10), attention_scale(network, TOKENS, 16):
+        assert network.pos_embed.theta == 100000
+        assert len(attention.norm_q._forward_hooks) == 1
+    assert network.pos_embed.theta == 10000
