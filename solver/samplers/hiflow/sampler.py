@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, SchedulerMixin
+from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
@@ -73,7 +74,7 @@ def hiflow(
     seed: int | Sequence[int],
     sizes: Sequence[Size] = (1024, 2048, 4096),
     preset: str | Recipe = "code",
-    image: Tensor | object | None = None,
+    image: Tensor | Image | None = None,
     guidance_scale: float | Sequence[float] | None = None,
     alignment: str = "full",
     scheduler: SchedulerMixin | None = None,
@@ -316,6 +317,8 @@ def _check_guidance(pipe, call: dict) -> None:
 
 def _given_image(image, base: tuple[int, int], batch: int) -> Tensor:
     """float32 (B, 3, H, W) of the base size."""
+    if not isinstance(image, Tensor | Image):
+        raise ValueError(f"image is a {type(image).__name__}: expected a PIL image or a tensor.")
     picture = image if isinstance(image, Tensor) else to_tensor(image.convert("RGB"))
     picture = (picture if picture.ndim == 4 else picture[None]).float()
     if picture.ndim != 4 or picture.shape[1] != 3 or len(picture) not in (1, batch):

@@ -524,6 +524,7 @@ def test_bad_input_is_refused_before_anything_runs():
         ("sizes begin with 48 x 48", {"sizes": (48, 64), "image": image}),
         ("expected .3, H, W.", {"image": torch.rand(1, 32, 32)}),
         ("values from", {"image": image * 255}),
+        ("image is a ndarray", {"image": image.numpy()}),
         ("takes no image", {"image": image, "alignment": "none"}),
         ("give its own size and a larger one", {"image": image, "sizes": (32,)}),
         ("preset='codes'", {"preset": "codes"}),
