@@ -67,6 +67,7 @@ def _render(given: Namespace, recipe, guidance) -> Path:
 
     from evaluation.rendering import load_pipeline
     from evaluation.single import save_png
+    from solver.samplers.calls import text_length
     from solver.samplers.hiflow.sampler import hiflow
 
     pipe = load_pipeline(given.model, given.dtype, given.device)
@@ -79,6 +80,7 @@ def _render(given: Namespace, recipe, guidance) -> Path:
         image=Image.open(given.image) if given.image else None,
         guidance_scale=guidance,
         alignment=given.alignment,
+        call=text_length(pipe),
     )
     facts = {"model": given.model, "prompt": given.prompt, "seed": given.seed}
     pictures = result.images if given.all_sizes else result.images[-1:]

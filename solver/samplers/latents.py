@@ -11,7 +11,8 @@ HunyuanVideo; others raise.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffusers import (
@@ -153,9 +154,23 @@ def unpack(pipe: DiffusionPipeline, latents: torch.Tensor, shape: Sequence[int])
     return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).reshape(-1, *shape)
 
 
+@contextmanager
+def precise_vae(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Inside, a float16 autoencoder that overflows is a float32 one, where the stock pipeline makes it one: SDXL."""
+    vae = pipe.vae
+    upcast = hasattr(pipe, "upcast_vae") and vae.dtype == torch.float16 and vae.config.get("force_upcast")
+    if upcast:
+        vae.to(dtype=torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(dtype=torch.float16)
+
+
 @torch.no_grad()
 def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
-    """The pictures behind latents, as the stock pipelines decode them, in the dtype of the VAE.
+    """The pictures behind latents, as the stock pipelines decode them: in the VAE's dtype, or see `precise_vae`.
 
     Args:
         pipe: the pipeline.
@@ -165,18 +180,19 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
         float32 (B, 3, H, W) in [0, 1] on the pipeline's device, of videos (B, F, 3, H, W). NaN stays NaN.
     """
     vae = pipe.vae
-    latents = latents.to(get_module_execution_device(vae), vae.dtype)
-    if as_frame := isinstance(vae, AutoencoderKLQwenImage):
-        latents = latents.unsqueeze(2)
-    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
-    scale = vae.config.get("scaling_factor") or 1
-    if mean is not None and std is not None:
-        channelwise = (1, -1, *[1] * (latents.ndim - 2))
-        mean, std = (torch.tensor(value).to(latents).view(channelwise) for value in (mean, std))
-        latents = latents * std / scale + mean
-    else:
-        latents = latents / scale + (vae.config.get("shift_factor") or 0)
-    pictures = vae.decode(latents, return_dict=False)[0].float()
+    with precise_vae(pipe):
+        latents = latents.to(get_module_execution_device(vae), vae.dtype)
+        if as_frame := isinstance(vae, AutoencoderKLQwenImage):
+            latents = latents.unsqueeze(2)
+        mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+        scale = vae.config.get("scaling_factor") or 1
+        if mean is not None and std is not None:
+            channelwise = (1, -1, *[1] * (latents.ndim - 2))
+            mean, std = (torch.tensor(value).to(latents).view(channelwise) for value in (mean, std))
+            latents = latents * std / scale + mean
+        else:
+            latents = latents / scale + (vae.config.get("shift_factor") or 0)
+        pictures = vae.decode(latents, return_dict=False)[0].float()
     if is_video(pipe):
         return pipe.video_processor.postprocess_video(pictures, output_type="pt")
     return pipe.image_processor.postprocess(pictures[:, :, 0] if as_frame else pictures, output_type="pt")

@@ -21,7 +21,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from solver.samplers.cost import NETWORKS, image_tokens, run_flops
 from solver.samplers.hiflow.memory import GIB, activation_bytes, decoder_bytes
-from solver.samplers.hiflow.noise import diffusion_sigmas
+from solver.samplers.hiflow.noise import check_rule, diffusion_sigmas
 from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, plan_stages
 
 BF16 = 2  # bytes
@@ -35,19 +35,21 @@ class Family:
         network: key of `cost.NETWORKS`.
         parameters: of the denoiser, the text encoders and the autoencoder together, in billions.
         width: of the denoiser's tokens; of a UNet, its first channels.
-        guidance_scale: the default of its pipeline; None where the recipe has one for each stage.
+        guidance_scale: the default of its pipeline.
         sigmas: of a base run, from the number of steps and of the base's image tokens.
         condition: pixels of an image to edit that runs along.
         largest: pixels a side that it has positions for.
+        distilled: whether the model is told its guidance scale, so that the recipe has one for each stage.
     """
 
     network: str
     parameters: float
     width: int
-    guidance_scale: float | None
+    guidance_scale: float
     sigmas: Callable[[int, int], torch.Tensor]
     condition: int = 0
     largest: int | None = None
+    distilled: bool = False
 
     @property
     def unet(self) -> bool:
@@ -83,8 +85,8 @@ def _sdxl_sigmas(steps: int, tokens: int) -> torch.Tensor:
 
 
 FAMILIES = {
-    "flux": Family("flux-dev", 16.87, 3072, None, _flux_dev_sigmas),
-    "flux-kontext": Family("flux-dev", 16.87, 3072, None, _flux_dev_sigmas, condition=1024**2),
+    "flux": Family("flux-dev", 16.87, 3072, 3.5, _flux_dev_sigmas, distilled=True),
+    "flux-kontext": Family("flux-dev", 16.87, 3072, 3.5, _flux_dev_sigmas, condition=1024**2, distilled=True),
     "flux-schnell": Family("flux-schnell", 16.86, 3072, 0.0, _schnell_sigmas),
     "sd3": Family("sd3-medium", 7.69, 1536, 7.0, _sd3_sigmas, largest=192 * 16),
     "sd3.5-large": Family("sd3.5-large", 13.72, 2432, 7.0, _sd3_sigmas, largest=192 * 16),
@@ -108,8 +110,8 @@ def explain(
         raise ValueError(f"family {family!r}: plans without weights are known for {', '.join(FAMILIES)}.")
     model, network = FAMILIES[family], NETWORKS[FAMILIES[family].network]
     recipe = as_recipe(preset)
-    distilled = model.guidance_scale is None
-    stages = plan_stages(sizes, recipe, network.pixels, guidance_scale, alignment, distilled, model.flux)
+    check_rule(recipe.acceleration, "epsilon" if model.unet else "flow")
+    stages = plan_stages(sizes, recipe, network.pixels, guidance_scale, alignment, model.distilled, model.flux)
     largest = max(stages[-1].height, stages[-1].width)
     if model.largest and largest > model.largest:
         raise ValueError(f"{family} has positions for {model.largest} pixels a side; {largest} were asked for.")

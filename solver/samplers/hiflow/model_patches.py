@@ -10,8 +10,8 @@
 * `shifted_patches`: the 2 x 2 patch grid moved by one latent pixel at every other step.
 * `stretched_condition`: a condition image (Kontext's) covers the larger picture as it covered the base.
 
-All of them are module hooks and attributes, so they work under LoRA, ControlNet, offloading, quantised linear layers
-and any attention backend. Source: arXiv 2504.06232 and its public code, after I-Max, arXiv 2410.07536.
+All of them are module hooks, wrappers and attributes, so they work under LoRA, ControlNet, offloading, quantised
+linear layers and any attention backend. Source: arXiv 2504.06232 and its public code, after I-Max, arXiv 2410.07536.
 """
 
 import math
@@ -38,7 +38,7 @@ def rope_base(pipe: DiffusionPipeline, factor: float) -> Iterator[None]:
         for name in ("transformer", "controlnet")
         if isinstance(pipe.components.get(name), nn.Module)
         for module in pipe.components[name].modules()
-        if hasattr(module, "theta") and hasattr(module, "axes_dim")
+        if {"theta", "axes_dim"} <= vars(module).keys()  # its own: a compiled wrapper answers for what it wraps
     ]
     before = [module.theta for module in embeddings]
     try:
@@ -67,33 +67,45 @@ def attention_scale(transformer: nn.Module, tokens: int, base_tokens: int, text_
         ValueError: no attention layer has a query norm.
     """
     norms = [
-        norm
+        (attention, name)
         for attention in transformer.modules()
         for name in ("norm_q", "norm_added_q")
-        if isinstance(norm := getattr(attention, name, None), nn.Module)
+        if attention._modules.get(name) is not None  # not getattr: a compiled wrapper would answer too
     ]
     if not norms:
         raise ValueError(
             f"{type(transformer).__name__} has no query norms, which proportional attention scales. "
             "Switch it off: replace(recipe, proportional_attention=False)."
         )
-    factor = 1.0
+    scaled = [_Scaled(getattr(attention, name)) for attention, name in norms]
 
     def measure(_, args, given):
-        nonlocal factor
         image = given["hidden_states"].shape[1]
         text = given["encoder_hidden_states"].shape[1]
         extra = image - tokens  # of a condition image
         factor = math.sqrt(math.log(tokens + extra + text * text_copies) / math.log(base_tokens + extra + text))
+        for norm in scaled:
+            norm.factor = factor
 
-    def scale(_, args, output):
-        return output * factor
+    try:
+        for (attention, name), norm in zip(norms, scaled, strict=True):
+            setattr(attention, name, norm)
+        with _hooked(transformer.register_forward_pre_hook(measure, with_kwargs=True)):
+            yield
+    finally:
+        for (attention, name), norm in zip(norms, scaled, strict=True):
+            setattr(attention, name, norm.norm)
 
-    with _hooked(
-        transformer.register_forward_pre_hook(measure, with_kwargs=True),
-        *[norm.register_forward_hook(scale) for norm in norms],
-    ):
-        yield
+
+class _Scaled(nn.Module):
+    """A norm times a factor. A module and not a hook: compiled blocks notice another module, but not a new hook."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm, self.factor = norm, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) * self.factor
 
 
 @contextmanager

@@ -6,14 +6,13 @@
 With these s both are dy = f ds, so HiFlow's rules, written for flow models, hold for SD and SDXL as they stand.
 """
 
-import copy
 import math
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from solver.samplers.cascade import is_flow
+from solver.samplers.cascade import fresh_copy, is_flow
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler
 
 PREDICTIONS = ("flow", "epsilon", "v_prediction")
@@ -31,21 +30,26 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
     return kind
 
 
+def check_rule(rule: str, kind: str) -> None:
+    """Raises ValueError where the rule of the acceleration does not hold for what the model predicts."""
+    if rule == "fixed-noise" and kind != "flow":
+        raise ValueError(
+            f"acceleration={rule!r} is for flow models, and this one predicts {kind}: take 'code' or 'eq10'."
+        )
+
+
 def noised(x0: Tensor, noise: Tensor, s: float, kind: str) -> Tensor:
     """The sample at noise level s of a clean image and a noise of its shape."""
-    if kind == "flow":
-        return (1 - s) * x0 + s * noise
-    return (x0 + s * noise) / math.hypot(1, s)
+    alpha, sigma = _signal_and_noise(s, kind)
+    return alpha * x0 + sigma * noise
 
 
 def clean_image(sample: Tensor, model_output: Tensor, s: float, kind: str) -> Tensor:
     """x_0 as the network predicts it."""
-    if kind == "flow":
-        return sample - s * model_output
-    alpha = 1 / math.hypot(1, s)
-    if kind == "v_prediction":
-        return alpha * sample - s * alpha * model_output
-    return sample / alpha - s * model_output
+    alpha, sigma = _signal_and_noise(s, kind)
+    if kind == "epsilon":
+        return (sample - sigma * model_output) / alpha
+    return (alpha if kind == "v_prediction" else 1) * sample - sigma * model_output
 
 
 def model_output_of(sample: Tensor, x0: Tensor, s: float, kind: str) -> Tensor:
@@ -54,11 +58,17 @@ def model_output_of(sample: Tensor, x0: Tensor, s: float, kind: str) -> Tensor:
     Args:
         s: > 0.
     """
+    alpha, sigma = _signal_and_noise(s, kind)
+    if kind == "epsilon":
+        return (sample - alpha * x0) / sigma
+    return ((alpha if kind == "v_prediction" else 1) * sample - x0) / sigma
+
+
+def _signal_and_noise(s: float, kind: str) -> tuple[float, float]:
+    """α and σ; s is infinite where a schedule begins with noise alone (zero terminal SNR)."""
     if kind == "flow":
-        return (sample - x0) / s
-    alpha = 1 / math.hypot(1, s)
-    epsilon = (sample / alpha - x0) / s
-    return epsilon if kind == "epsilon" else alpha * epsilon - s * alpha * x0
+        return 1 - s, s
+    return 1 / math.hypot(1, s), 1 / math.hypot(1, 1 / s)
 
 
 def stage_solver(pipe: DiffusionPipeline, scheduler: SchedulerMixin | None = None) -> SchedulerMixin:
@@ -71,18 +81,34 @@ def stage_solver(pipe: DiffusionPipeline, scheduler: SchedulerMixin | None = Non
         scheduler: instead of the pipeline's.
 
     Raises:
-        ValueError: the given scheduler is another one.
+        ValueError: the given scheduler is another one, or of another kind of model.
     """
     given = pipe.scheduler if scheduler is None else scheduler
-    plain = FlowMatchEulerDiscreteScheduler if is_flow(given) else DDIMScheduler
+    if (kind := prediction_type(given)) != (own := prediction_type(pipe.scheduler)):
+        raise ValueError(
+            f"scheduler={type(scheduler).__name__} is for models that predict {kind}, this one predicts {own}."
+        )
+    plain = FlowMatchEulerDiscreteScheduler if kind == "flow" else DDIMScheduler
     if isinstance(given, plain | ConsistencySolverScheduler):
-        return copy.deepcopy(given)
+        return fresh_copy(given)
     if scheduler is not None:
         raise ValueError(
             f"scheduler={type(scheduler).__name__}: HiFlow's stages are walked by {plain.__name__} or "
             "ConsistencySolverScheduler."
         )
-    return plain.from_config(given.config)
+    return first_order(given)
+
+
+def first_order(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """Euler of flow models or DDIM, with the scheduler's noise schedule, and its grid where it was said.
+
+    DDIM clips x_0 to [-1, 1] by default; latents are larger, and only a scheduler that says so itself means them.
+    """
+    config = scheduler.config
+    if not is_flow(scheduler):
+        return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+    shift = config.get("shift", config.get("flow_shift"))  # the latter is that of multistep solvers in flow mode
+    return FlowMatchEulerDiscreteScheduler.from_config(config, **({} if shift is None else {"shift": shift}))
 
 
 def diffusion_sigmas(scheduler: SchedulerMixin, steps: int, device: torch.device | None = None) -> Tensor:

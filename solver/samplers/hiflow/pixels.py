@@ -8,6 +8,8 @@ from diffusers import AutoencoderKLQwenImage, AutoencoderTiny, DiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
+from solver.samplers.latents import precise_vae
+
 LARGEST_WHOLE_PICTURE = 2048**2  # pixels; decoded whole, FLUX's 4096² needs some 80 GiB in bfloat16
 
 
@@ -23,10 +25,11 @@ def encode(pipe: DiffusionPipeline, images_BCHW: Tensor) -> Tensor:
         float32 (B, C, h, w), scaled as the denoiser expects it.
     """
     vae = pipe.vae
-    images = (2 * images_BCHW - 1).to(get_module_execution_device(vae), vae.dtype)
-    if as_frame := isinstance(vae, AutoencoderKLQwenImage):
-        images = images.unsqueeze(2)
-    encoded = vae.encode(images)
+    with precise_vae(pipe):
+        images = (2 * images_BCHW - 1).to(get_module_execution_device(vae), vae.dtype)
+        if as_frame := isinstance(vae, AutoencoderKLQwenImage):
+            images = images.unsqueeze(2)
+        encoded = vae.encode(images)
     latents = (encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.mode()).float()
     latents = latents[:, :, 0] if as_frame else latents
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")

@@ -19,17 +19,21 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
+from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
+from solver.samplers.calls import guidance, guides_by_true_cfg
 from solver.samplers.cascade import Segment, encoded_once, run_segment, set_grid, sigma_grid
 from solver.samplers.hiflow import model_patches
 from solver.samplers.hiflow.alignment import StageAlignment, Trajectory, enlarge, sharpen
 from solver.samplers.hiflow.memory import check_memory
 from solver.samplers.hiflow.noise import (
+    check_rule,
     clean_image,
     diffusion_sigmas,
+    first_order,
     model_output_of,
     noised,
     prediction_type,
@@ -43,6 +47,8 @@ OURS = (
     *("prompt", "latents", "height", "width", "num_inference_steps", "sigmas", "timesteps", "guidance_scale"),
     *("generator", "num_images_per_prompt", "output_type", "return_dict"),
 )  # arguments of a pipeline that are said in another way here
+# One a picture, or one for all.
+TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 
 class HiFlowResult(NamedTuple):
@@ -68,7 +74,7 @@ def hiflow(
     seed: int | Sequence[int],
     sizes: Sequence[Size] = (1024, 2048, 4096),
     preset: str | Recipe = "code",
-    image: Tensor | object | None = None,
+    image: Tensor | Image | None = None,
     guidance_scale: float | Sequence[float] | None = None,
     alignment: str = "full",
     scheduler: SchedulerMixin | None = None,
@@ -86,7 +92,8 @@ def hiflow(
         preset: "code" or "paper", or a `plan.Recipe`; with other numbers of steps see `plan.with_steps`.
         image: a picture of the first size to start from instead of rendering it: PIL, or (B or 1, 3, H, W) in [0, 1].
             Its latents are the reference at every noise level.
-        guidance_scale: one, or one a stage; by default the recipe's for FLUX.1-dev, else the pipeline's own.
+        guidance_scale: one, or one a stage; by default the recipe's for FLUX.1-dev, else the pipeline's own. Where a
+            pipeline calls it `true_cfg_scale`, it is that, with an empty negative prompt unless `call` has one.
         alignment: "full", or less of it, to see what it does: "none" (the last size alone, from noise), "init",
             "init+direction".
         scheduler: the solver of all stages: FlowMatchEulerDiscreteScheduler, DDIMScheduler or a learned
@@ -119,6 +126,8 @@ def hiflow(
     base = _as_size(sizes[0])
     _check_positions(pipe, stages[-1])
     call, seeds = _picture_call(pipe, prompt, seed, call or {})
+    if guidance_scale is not None:
+        _check_guidance(pipe, call)
     start = None if image is None else _given_image(image, base, len(seeds))
     if not ignore_memory:
         check_memory(pipe, stages, len(seeds))
@@ -167,8 +176,10 @@ class _Run:
         self.scheduler, self.call = scheduler, call
         solver = stage_solver(pipe, scheduler)
         self.kind, self.grid = prediction_type(solver), None
+        check_rule(recipe.acceleration, self.kind)
         if self.kind == "flow":
-            self.grid = sigma_grid(pipe, recipe.steps, *base, scheduler=_plain(pipe), **self._call(*base))
+            plain = first_order(pipe.scheduler)
+            self.grid = sigma_grid(pipe, recipe.steps, *base, scheduler=plain, **self._call(*base))
             set_grid(solver, self.grid)
             self.levels = solver.sigmas.tolist()
         else:
@@ -219,7 +230,8 @@ class _Run:
         """The pipeline's arguments at this size."""
         call = dict(self.call)
         if guidance_scale is not None:
-            call["guidance_scale"] = guidance_scale
+            given = any(call.get(f"negative_prompt{end}") is not None for end in ("", "_embeds"))
+            call |= guidance(self.pipe, guidance_scale, 0 if given else len(self.seeds))
         # For what a pipeline draws by itself, such as the latents of a control image.
         call["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         if self.pipe.components.get("controlnet") is not None:
@@ -250,11 +262,6 @@ def _patches(pipe: DiffusionPipeline, stage: Stage, base: tuple[int, int], is_sh
             if stage.shifted_patches:
                 stack.enter_context(model_patches.shifted_patches(pipe, (rows, columns), is_shifted))
         yield
-
-
-def _plain(pipe: DiffusionPipeline) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler that says which grid the pipeline asks for."""
-    return FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
 
 
 def _resized(control, height: int, width: int):
@@ -291,11 +298,27 @@ def _picture_call(pipe, prompt, seed, call: dict) -> tuple[dict, list[int]]:
     prompts = [prompt] * len(seeds) if isinstance(prompt, str) else list(prompt)
     if len(prompts) != len(seeds) or not seeds:
         raise ValueError(f"{len(prompts)} prompts, but {len(seeds)} seeds: every picture has one of each.")
-    return {**call, "prompt": prompts}, seeds
+    spread = {name: [call[name]] * len(seeds) for name in TEXTS if isinstance(call.get(name), str)}
+    return {**call, **spread, "prompt": prompts}, seeds
+
+
+def _check_guidance(pipe, call: dict) -> None:
+    """A guidance scale of FLUX schnell or Qwen-Image is a `true_cfg_scale`, which needs a negative prompt."""
+    if not guides_by_true_cfg(pipe):
+        return
+    if "true_cfg_scale" in call:
+        raise ValueError(
+            f"call has true_cfg_scale={call['true_cfg_scale']}, which is what guidance_scale is for "
+            f"{type(pipe).__name__} with this model: give one of the two."
+        )
+    if call.get("prompt") is None and call.get("negative_prompt_embeds") is None:
+        raise ValueError("guidance_scale with prompt_embeds needs negative_prompt_embeds in call as well.")
 
 
 def _given_image(image, base: tuple[int, int], batch: int) -> Tensor:
     """float32 (B, 3, H, W) of the base size."""
+    if not isinstance(image, Tensor | Image):
+        raise ValueError(f"image is a {type(image).__name__}: expected a PIL image or a tensor.")
     picture = image if isinstance(image, Tensor) else to_tensor(image.convert("RGB"))
     picture = (picture if picture.ndim == 4 else picture[None]).float()
     if picture.ndim != 4 or picture.shape[1] != 3 or len(picture) not in (1, batch):

@@ -173,3 +173,28 @@ def test_shift_only_when_asked(pipe):
     before = evaluate(pipe, **given)
     with shifted_patches(pipe, (GRID, GRID), lambda: next(steps)):
         assert torch.equal(evaluate(pipe, **given), before)
+
+
+def test_parts_that_are_compiled_are_patched_once(pipe):
+    network = pipe.transformer
+    attention = network.transformer_blocks[0].attn
+    norm = attention.norm_q
+    network.pos_embed = torch.compile(network.pos_embed, backend="eager")
+    network.transformer_blocks[0].attn = torch.compile(attention, backend="eager")
+    with rope_base(pipe, 10), attention_scale(network, TOKENS, 16):
+        assert network.pos_embed.theta == 100000
+        assert attention.norm_q.norm is norm  # wrapped once
+    assert network.pos_embed.theta == 10000 and attention.norm_q is norm
+
+
+def test_blocks_that_were_compiled_before_notice(pipe):
+    """Graphs of the unscaled network are there already, for this very size."""
+    given = inputs()
+    before = evaluate(pipe, **given)
+    with attention_scale(pipe.transformer, TOKENS, 16):
+        expected = evaluate(pipe, **given)
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    evaluate(pipe, **given)
+    with attention_scale(pipe.transformer, TOKENS, 16):
+        torch.testing.assert_close(evaluate(pipe, **given), expected)
+    torch.testing.assert_close(evaluate(pipe, **given), before)

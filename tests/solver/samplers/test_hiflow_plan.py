@@ -3,11 +3,17 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from PIL import Image
+from tiny_flux import save_tiny_flux
 
 import sample
-from solver.samplers.hiflow.explain import FAMILIES, explain
+from evaluation.rendering import load_pipeline
+from solver.samplers.calls import text_length
+from solver.samplers.hiflow.explain import FAMILIES, as_table, explain
 from solver.samplers.hiflow.plan import PRESETS, plan_stages, with_changes, with_steps
+from solver.samplers.latents import initial_noise, latent_shape, pack
 
 LADDER = (1024, 2048, 4096)
 CODE, PAPER = PRESETS["code"], PRESETS["paper"]
@@ -77,6 +83,12 @@ def test_guidance_is_the_recipes_only_for_distilled_models():
     assert {stage["guidance_scale"] for stage in explain("flux", LADDER, guidance_scale=2)["stages"]} == {2.0}
 
 
+def test_a_recipe_without_guidance_leaves_it_to_the_pipeline():
+    report = explain("flux", LADDER, replace(CODE, guidance_scales=None))
+    assert [stage["guidance_scale"] for stage in report["stages"]] == [3.5] * 3
+    assert "3.5" in as_table(report)
+
+
 def test_other_sizes_and_step_counts():
     stages = plan_stages(((768, 1024), (1536, 2048)), CODE, 16)
     assert [(stage.height, stage.width) for stage in stages] == [(768, 1024), (1536, 2048)]
@@ -137,6 +149,8 @@ def test_bad_plans(message):
 def test_bad_reports():
     with pytest.raises(ValueError, match=r"'flux2'.*flux, flux-kontext"):
         explain("flux2", LADDER)
+    with pytest.raises(ValueError, match="'fixed-noise' is for flow models"):
+        explain("sdxl", LADDER[:2], replace(CODE, acceleration="fixed-noise"))
     with pytest.raises(ValueError, match="3072 pixels a side"):
         explain("sd3", LADDER)
     with pytest.raises(ValueError, match="'code', 'paper'"):
@@ -157,3 +171,18 @@ def test_the_command_explains(capsys):
     assert "1536 x 2048    15" in table and "GiB" in table
     with pytest.raises(ValueError, match="--model, --prompt, --seed, --output"):
         sample.main(["hiflow"])
+
+
+def test_the_command_renders_with_the_length_and_the_guidance_that_the_model_knows(tmp_path):
+    model = save_tiny_flux(tmp_path / "flux")
+    output = tmp_path / "large.png"
+    arguments = ["hiflow", "--model", str(model), "--prompt", "a red ring", "--seed", "7", "--output", str(output)]
+    arguments += ["--sizes", "32", "48", "--steps", "2", "--guidance_scale", "3", "--all_sizes"]
+    assert sample.main(arguments) == output
+    pipe = load_pipeline(str(model), "float32", "cpu")
+    noise = pack(pipe, initial_noise([7], latent_shape(pipe, 32, 32)))
+    call = {"height": 32, "width": 32, "latents": noise, "num_inference_steps": 2}
+    call |= {"true_cfg_scale": 3.0, "negative_prompt": "", **text_length(pipe)}
+    with Image.open(tmp_path / "large_32.png") as small, Image.open(output) as large:
+        difference = np.asarray(small, float) - np.asarray(pipe("a red ring", **call).images[0], float)
+        assert abs(difference).max() <= 1 and large.size == (48, 48)

@@ -1,7 +1,9 @@
 """HiFlow on stock pipelines of every family, against runs written out by hand."""
 
 import itertools
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,17 +11,22 @@ import torch.nn.functional as F
 from diffusers import (
     ControlNetModel,
     DDIMScheduler,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
+    FluxTransformer2DModel,
     HeunDiscreteScheduler,
     StableDiffusionControlNetPipeline,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 from tiny_pipelines import run, tiny_pipeline
 from torch import nn
 
 from solver import ConsistencySolverScheduler
+from solver.samplers.calls import guidance
 from solver.samplers.hiflow import PRESETS, hiflow, with_steps
 from solver.samplers.hiflow.alignment import enlarge, sharpen
 from solver.samplers.hiflow.lowpass import lowpass
@@ -28,10 +35,11 @@ from solver.samplers.hiflow.pixels import encode, tiled_where_needed
 from solver.samplers.latents import decode, latent_shape, pack, unpack
 
 N, K = 5, 3
+ZOO = Path(__file__).parents[3] / "zoo"
 CODE = replace(with_steps(PRESETS["code"], N), stage_steps=(K,))
 PLAIN = replace(CODE, ntk_factor=(1.0,), proportional_attention=False, shifted_patches=False)
 IMAGE_FAMILIES = ("flux", "flux-kontext", "sd3", "sd", "sdxl", "qwen-image")
-OURS = ("height", "width", "generator", "output_type", "guidance_scale", "max_area")
+OURS = ("height", "width", "generator", "output_type", "guidance_scale", "true_cfg_scale", "max_area")
 
 
 def prepared(family, batch_size=1):
@@ -54,7 +62,7 @@ def test_the_base_picture_is_the_stock_one(family):
     result = hiflow(pipe, None, 3, (32, 64), CODE, guidance_scale=2.0, call=call)
     (noise,) = noise_of(pipe, 3, 32)
     _, stock = tiny_pipeline(family)
-    stock.update({"guidance_scale": 2.0, "latents": pack(pipe, noise)})
+    stock.update({**guidance(pipe, 2.0), "latents": pack(pipe, noise)})
     latents = run(pipe, stock, num_inference_steps=N)
     expected = decode(pipe, unpack(pipe, latents, latent_shape(pipe, 32, 32)))
     torch.testing.assert_close(result.images[0], expected, rtol=0, atol=1e-5)
@@ -143,6 +151,19 @@ def test_noise_levels_there_and_back(kind):
     torch.testing.assert_close(model_output_of(x, x0, s, kind), truth)
 
 
+def test_noise_alone_is_a_noise_level_too():
+    """Zero terminal SNR: v = -x_0 there, and all steps of the base can be run again."""
+    x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    assert torch.equal(noised(x0, noise, math.inf, "v_prediction"), noise)
+    assert torch.equal(clean_image(noise, -x0, math.inf, "v_prediction"), x0)
+    assert torch.equal(model_output_of(noise, x0, math.inf, "v_prediction"), -x0)
+    pipe, call = prepared("sd")
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **settings)
+    result = hiflow(pipe, None, 1, (32, 64), replace(CODE, stage_steps=(N,)), call=call)
+    assert result.sigmas[1][0] == math.inf and result.images[-1].isfinite().all()
+
+
 @pytest.mark.parametrize("family", ["flux", "sd3", "sd", "qwen-image"])
 def test_encoding_is_the_inverse_of_decoding_in_scale(family):
     """With an autoencoder that passes values on, latents come back as they were."""
@@ -162,6 +183,49 @@ def test_encoding_is_the_inverse_of_decoding_in_scale(family):
 
     vae.encode = Encoded
     torch.testing.assert_close(encode(pipe, images)[:, :3], latents[:, :3] * 0.1)
+
+
+# ---- guidance and prompts ----
+
+
+def test_guidance_of_a_flux_that_is_not_told_it_is_true_cfg():
+    pipe, call = prepared("flux")
+    pipe.transformer = FluxTransformer2DModel.from_config({**pipe.transformer.config, "guidance_embeds": False})
+    with pytest.raises(ValueError, match="needs negative_prompt_embeds"):
+        hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call=call)
+    names = ("prompt_embeds", "pooled_prompt_embeds")
+    call |= {f"negative_{name}": torch.randn(call[name].shape) for name in names}
+    with pytest.raises(ValueError, match="true_cfg_scale=3"):
+        hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, "true_cfg_scale": 3})
+    plain = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    guided = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=(1.0, 6.0), call=call)
+    assert torch.equal(guided.images[0], plain.images[0])
+    assert not torch.allclose(guided.images[1], plain.images[1], atol=1e-3)
+
+
+def test_one_negative_prompt_serves_all_pictures():
+    pipe = DiffusionPipeline.from_pretrained(ZOO / "mini-sd", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    recipe = replace(CODE, steps=2, stage_steps=(1,))
+    one, each = (
+        hiflow(pipe, "a red ring", [1, 2], (32, 64), recipe, guidance_scale=4.0, call={"negative_prompt": negative})
+        for negative in ("a blue cube", ["a blue cube"] * 2)
+    )
+    assert one.images[-1].shape == (2, 3, 64, 64)
+    assert torch.equal(one.images[-1], each.images[-1])
+
+
+@pytest.mark.parametrize(("family", "expected"), [("sdxl", torch.float32), ("sd", torch.float16)])
+def test_an_autoencoder_that_overflows_in_half_precision_runs_in_full_as_in_the_stock_pipeline(family, expected):
+    pipe, _ = prepared(family)
+    pipe.vae.to(torch.float16)
+    seen = []
+    pipe.vae.encoder.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    pipe.vae.decoder.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    picture = decode(pipe, torch.zeros(1, *latent_shape(pipe, 32, 32)))
+    encode(pipe, picture)
+    assert seen == [expected] * 2
+    assert pipe.vae.dtype == torch.float16
 
 
 # ---- the same picture ----
@@ -273,6 +337,49 @@ def test_the_learned_solver_runs_the_stages(family):
     result = hiflow(pipe, None, 1, (32, 64), CODE, scheduler=trained, call=call)
     assert not torch.allclose(result.images[-1], stock.images[-1], atol=1e-3)
     assert result.sigmas[1] == result.sigmas[0][-K - 1 :]
+
+
+def test_latents_are_not_clipped_where_a_scheduler_does_not_say_so():
+    pipe, _ = prepared("sd")
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipe.scheduler = EulerDiscreteScheduler(**schedule)
+    assert stage_solver(pipe).config.clip_sample is False
+    pipe.scheduler = DDIMScheduler(**schedule, clip_sample=True)
+    assert stage_solver(pipe).config.clip_sample is True
+
+
+def test_the_shift_of_a_multistep_solver_is_kept():
+    pipe, call = prepared("sd3")
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    sigmas = hiflow(pipe, None, 1, (32, 64), CODE, call=call).sigmas[0]
+    # 3 t / (1 + 2 t) of evenly spaced times; the first one after the start shows it, t = 0.75 unshifted.
+    assert sigmas[1] == pytest.approx(0.9, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "message"),
+    [
+        ("sd3", DDIMScheduler(), "predict epsilon, this one predicts flow"),
+        ("sd", FlowMatchEulerDiscreteScheduler(), "predict flow, this one predicts epsilon"),
+        ("sd", DDIMScheduler(prediction_type="v_prediction"), "predict v_prediction, this one predicts epsilon"),
+    ],
+)
+def test_a_scheduler_of_another_kind_of_model_is_refused(family, scheduler, message):
+    pipe, call = prepared(family)
+    with pytest.raises(ValueError, match=message):
+        hiflow(pipe, None, 1, (32, 64), CODE, scheduler=scheduler, call=call)
+
+
+@torch.no_grad()
+def test_what_the_scheduler_last_did_does_not_count():
+    """A run of as many steps as a stage skips leaves the scheduler where that stage begins."""
+    pipe, call = prepared("flux")
+    expected = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    pipe(**call, height=32, width=32, num_inference_steps=N - K, output_type="latent")
+    assert pipe.scheduler.step_index == N - K
+    result = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    assert result.sigmas == expected.sigmas
+    assert torch.equal(result.images[-1], expected.images[-1])
 
 
 def test_schedulers_of_many_kinds_give_way_to_ddim():
@@ -417,6 +524,7 @@ def test_bad_input_is_refused_before_anything_runs():
         ("sizes begin with 48 x 48", {"sizes": (48, 64), "image": image}),
         ("expected .3, H, W.", {"image": torch.rand(1, 32, 32)}),
         ("values from", {"image": image * 255}),
+        ("image is a ndarray", {"image": image.numpy()}),
         ("takes no image", {"image": image, "alignment": "none"}),
         ("give its own size and a larger one", {"image": image, "sizes": (32,)}),
         ("preset='codes'", {"preset": "codes"}),
@@ -429,6 +537,9 @@ def test_bad_input_is_refused_before_anything_runs():
 
 
 def test_families_that_cannot():
+    with pytest.raises(ValueError, match="'fixed-noise' is for flow models, and this one predicts epsilon"):
+        pipe, call = prepared("sd")
+        hiflow(pipe, None, 1, (32, 64), replace(CODE, acceleration="fixed-noise"), call=call)
     with pytest.raises(ValueError, match="makes videos"):
         pipe, call = prepared("wan")
         hiflow(pipe, None, 1, (32, 64), CODE, call=call)
