@@ -92,7 +92,7 @@ def _across_lines(metrics: dict) -> list[str]:
     cells: dict[tuple, dict[str, dict]] = {}
     for entry in metrics["across_steps"]:
         cells.setdefault((entry["guidance_scale"], entry["steps"], entry["steps_b"]), {})[entry["metric"]] = entry
-    for (guidance, steps, more), found in cells.items():
+    for (guidance, steps, more), found in sorted(cells.items()):
         texts = [f"{_signed(found[name])} {found[name]['b']}" if name in found else "" for name in names]
         lines.append(f"| {guidance:g} | {steps} steps | {more} steps | " + " | ".join(texts) + " |")
     return [*lines, ""]
@@ -105,7 +105,7 @@ def _paired_lines(metrics: dict) -> list[str]:
     others = list(dict.fromkeys(entry["b"] for entry in main))
     lines = [f"## learned minus the others, {metrics['main_metric']}, paired, with 95 % intervals", ""]
     lines += ["| guidance | steps | " + " | ".join(others) + " |", "|---|---|" + "---|" * len(others)]
-    for guidance, steps in dict.fromkeys((entry["guidance_scale"], entry["steps"]) for entry in main):
+    for guidance, steps in sorted({(entry["guidance_scale"], entry["steps"]) for entry in main}):
         here = {e["b"]: e for e in main if (e["guidance_scale"], e["steps"]) == (guidance, steps)}
         texts = [_signed(here[name]) if name in here else "" for name in others]
         lines.append(f"| {guidance:g} | {steps} | " + " | ".join(texts) + " |")

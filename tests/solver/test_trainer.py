@@ -124,7 +124,8 @@ def test_dead_actions_get_exactly_no_gradient_and_live_ones_get_some(tmp_path, d
     trainer.model.mlp.register_forward_hook(lambda module, args, output: collected.append(output))
     loss = trainer.compute_loss(trainer.model, rollouts)
     (gradient,) = torch.autograd.grad(loss, collected)
-    gradient_KD = gradient.reshape(*rollouts.mask_KD.shape, -1).abs().sum(dim=-1)
+    own = gradient[: len(rollouts.inputs_KF)]  # the other cells' answers follow
+    gradient_KD = own.reshape(*rollouts.mask_KD.shape, -1).abs().sum(dim=-1)
     assert not rollouts.mask_KD.all()
     assert (gradient_KD[~rollouts.mask_KD] == 0).all()
     assert (gradient_KD[rollouts.mask_KD] > 0).all()
@@ -149,7 +150,7 @@ def test_first_update_is_the_policy_gradient(tmp_path, datasets):
     expected = -(rollouts.advantages_B[:, None] * (log_prob * rollouts.mask_KD).sum(dim=-1)).mean()
     parameters = list(policy.parameters())
     for actual, wanted in zip(*(torch.autograd.grad(x, parameters) for x in (loss, expected)), strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_ratio_is_clipped_where_it_has_gained_enough(tmp_path, datasets):

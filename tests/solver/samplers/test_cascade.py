@@ -125,7 +125,7 @@ def test_the_learned_solver_walks_given_sigmas():
     torch.testing.assert_close(solver.table.weights.sum(dim=-1), torch.ones(4))
     with torch.no_grad():
         solver.policy.mlp[-1].bias.copy_(torch.tensor([0.3, -0.2, 0.4]))
-        solver.policy.mlp[-1].weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+        solver.policy.mlp[-1].weight.normal_(0, 0.03, generator=torch.Generator().manual_seed(0))
     set_grid(solver, sigmas)
     assert solver.sigmas[0] == sigmas[0] and solver.sigmas[-1] == 0
     assert (solver.sigmas[1:-1] - sigmas[1:-1]).abs().min() > 1e-4
