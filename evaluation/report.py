@@ -94,14 +94,12 @@ def make_metrics(results: Results) -> dict:
         here = [measured for measured in results.measured if measured.task.samples.guidance_scale == guidance]
         most = max(here, key=lambda measured: len(measured.task.samples.prompts))
         rows.append(full_row(most.task, results))
-        both = [(cell, estimate(cell, m.task, results)) for m in here for cell in m.cells]
-        tasks = [m for m in here for _ in m.cells]
-        rows += [make_row(cell, e, m) for (cell, e), m in zip(both, tasks, strict=True)]
+        cells = sorted(((cell, m) for m in here for cell in m.cells), key=lambda pair: pair[0].steps)
+        both = [(cell, estimate(cell, m.task, results)) for cell, m in cells]
+        rows += [make_row(cell, e, m) for (_, e), (cell, m) in zip(both, cells, strict=True)]
         differences += paired_differences(both, config.resamples)
         across += differences_across_steps(both, classical, config.resamples)
-        workflow += [
-            w for (cell, _), m in zip(both, tasks, strict=True) if (w := simulate_cell(cell, m.task, results))
-        ]
+        workflow += [w for cell, m in cells if (w := simulate_cell(cell, m.task, results))]
         left_out += [{**entry, "guidance_scale": guidance} for m in here for entry in m.left_out]
     found = {name for row in rows for name in row["metrics"]}
     order = [*config.rewards, f"frechet_{config.frechet}", FID, *CHECKS, "rank_spearman", "rank_top1"]
@@ -287,7 +285,7 @@ def coefficients(config: EvaluationConfig) -> list[dict]:
             "learned": {k: v.tolist() for k, v in solver.coefficients(steps, guidance)._asdict().items()},
             "base": {k: v.tolist() for k, v in base.coefficients(steps, guidance)._asdict().items()},
         }
-        for guidance, steps in dict.fromkeys((c.guidance_scale, k) for c in config.columns for k in c.steps)
+        for guidance, steps in sorted({(c.guidance_scale, k) for c in config.columns for k in c.steps})
     ]
 
 
