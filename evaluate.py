@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["proofsheet"]
-# ///
 """Compares solvers on held-out prompts: consistency to the full-step picture, cost, ranks, all with intervals.
 
     python evaluate.py --config configs/eval_mini_sd.yaml

@@ -140,7 +140,7 @@ class InceptionFeatures:
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ImportError("fid needs torch-fidelity: pip install proofsheet[metrics], or leave it off.") from error
+            raise ImportError("fid needs torch-fidelity: pip install -e '.[metrics]', or leave it off.") from error
         try:
             self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
         except OSError as error:
