@@ -251,16 +251,14 @@ def simulate_cell(cell: Cell, task: Task, results: Results) -> dict | None:
     (check,) = task.target.seen.keys() & set(CHECKS)
     full = task.of_candidates(task.target.seen[check], task.ranked_target.seen[check]).bool()
     which = {"solver": cell.solver, "steps": cell.steps, "guidance_scale": cell.guidance_scale}
-    units = {"nfe": "nfe", "seconds": "seconds_per_image"}
-    runs = {
-        unit: simulate(cell.passes, full, cell.facts[key], task.target.cost[key], results.config.resamples)
-        for unit, key in units.items()
-    }
-    costs = {
-        f"{name}_{unit}": run[name] for unit, run in runs.items() for name in ("full_only", "preview_first", "saving")
-    }
-    shares = {name: value for name, value in runs["nfe"].items() if not isinstance(value, dict)}
-    return {**which, "prompts": len(full), "seeds": full.shape[1], **costs, **shares}
+    nfe, seconds = (
+        simulate(cell.passes, full, cell.facts[key], task.target.cost[key], results.config.resamples)
+        for key in ("nfe", "seconds_per_image")
+    )
+    costs = {}
+    for name in ("full_only", "preview_first", "saving"):
+        costs |= {f"{name}_nfe": nfe.pop(name), f"{name}_seconds": seconds[name]}
+    return {**which, "prompts": len(full), "seeds": full.shape[1], **costs, **nfe}
 
 
 # Descriptions

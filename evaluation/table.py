@@ -118,24 +118,29 @@ def _signed(entry: dict) -> str:
     return f"{entry['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
+def _interval(entry: dict, scale: float = 1) -> str:
+    mean, low, high = ("∞" if x is None else f"{scale * x:.0f}" for x in (entry["mean"], *entry["ci95"]))
+    return f"{mean} [{low}, {high}]"
+
+
 def _workflow_lines(metrics: dict) -> list[str]:
     if not metrics["workflow"]:
         return []
     lines = [
         "## Preview and refine, simulated",
         "",
-        "A user draws seeds until the check passes: full renders only, or previews first.",
+        "A user draws seeds until the check passes: full renders only, or previews first. NFE: all evaluations of all "
+        "prompts, over the prompts that ended with a picture.",
         "",
-        "| guidance | solver | steps | NFE full only | NFE previews first | NFE saved | time saved | false accepts "
-        "| false rejects | found, full only | found, previews first |",
+        "| guidance | solver | steps | NFE a picture, full only | NFE a picture, previews first | NFE saved "
+        "| time saved | false accepts | false rejects | found, full only | found, previews first |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    costs = ("full_only_nfe", "preview_first_nfe")
+    shares = ("false_accepts", "false_rejects", "full_only_success", "preview_first_success")
     for entry in metrics["workflow"]:
-        saved = [entry[f"saving_{unit}"] for unit in ("nfe", "seconds")]
-        texts = [f"{100 * s['mean']:.0f} % [{100 * s['ci95'][0]:.0f}, {100 * s['ci95'][1]:.0f}]" for s in saved]
-        shares = ("false_accepts", "false_rejects", "full_only_success", "preview_first_success")
-        texts += [f"{100 * entry[share]:.0f} %" for share in shares]
-        costs = [f"{entry[f'{name}_nfe']['mean']:.0f}" for name in ("full_only", "preview_first")]
         facts = [f"{entry['guidance_scale']:g}", entry["solver"], str(entry["steps"])]
-        lines.append("| " + " | ".join([*facts, *costs, *texts]) + " |")
+        facts += [_interval(entry[cost]) for cost in costs]
+        facts += [_interval(entry[share], scale=100) + " %" for share in ("saving_nfe", "saving_seconds", *shares)]
+        lines.append("| " + " | ".join(facts) + " |")
     return [*lines, ""]

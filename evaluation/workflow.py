@@ -4,11 +4,16 @@ The user of this simulation accepts a picture when the caption check passes. Wit
 full render. With previews first, every seed costs a preview, and a full render only where the preview passes; that
 render is checked again. (Published study with people: about half the time, arXiv 2512.13592.)
 
+Not every prompt ends with a picture, and previews that never pass are cheap. So what counts is the cost of an accepted
+picture: all that was spent on all prompts, over the number of those that ended with a picture.
+
 * A *false accept* is a preview that passes and whose full render does not: its refinement was for nothing.
 * A *false reject* is a preview that fails and whose full render would have passed: a good seed is lost.
 
-Shape suffixes: P prompts, S seeds of each, in the order in which they are drawn.
+Shape suffixes: P prompts, S seeds of each, in the order in which they are drawn, R resamples.
 """
+
+import math
 
 import torch
 
@@ -28,7 +33,7 @@ def simulate(
     preview_cost: float,
     full_cost: float,
     resamples: int = 2000,
-) -> dict:
+) -> dict[str, dict]:
     """Both ways of working on the same prompts and seeds.
 
     Args:
@@ -37,21 +42,38 @@ def simulate(
         resamples: of the bootstrap over prompts.
 
     Returns:
-        `full_only` and `preview_first`, mean cost of a prompt, with ci95; `saving`, the share of the cost saved, with
-        ci95; `false_accepts` and `false_rejects`, shares of all previews; `full_only_success` and
-        `preview_first_success`, shares of prompts that end with an accepted picture.
+        Each with `mean` and `ci95`, in which None stands for infinity: `full_only` and `preview_first`, the cost of an
+        accepted picture; `saving`, the share of it that previews save; `false_accepts` and `false_rejects`, shares of
+        all previews; `full_only_success` and `preview_first_success`, shares of prompts that end with a picture.
     """
     seeds = torch.arange(preview_PS.shape[1])
     both_PS = preview_PS & full_PS
     full_draws_P, draws_P = draws_until_accepted(full_PS), draws_until_accepted(both_PS)
     refined_P = (preview_PS & (seeds < draws_P[:, None])).sum(dim=1)
-    full_only = mean(full_draws_P * full_cost, resamples)
-    preview_first = mean(draws_P * preview_cost + refined_P * full_cost, resamples)
-    saving = Estimate(1 - preview_first.value / full_only.value, 1 - preview_first.replicates / full_only.replicates)
-    estimates = {"full_only": full_only, "preview_first": preview_first, "saving": saving}
-    return {name: {"mean": estimate.value, "ci95": estimate.ci95} for name, estimate in estimates.items()} | {
-        "false_accepts": float((preview_PS & ~full_PS).double().mean()),
-        "false_rejects": float((~preview_PS & full_PS).double().mean()),
-        "full_only_success": float(full_PS.any(dim=1).double().mean()),
-        "preview_first_success": float(both_PS.any(dim=1).double().mean()),
+    success = {"full_only": full_PS.any(dim=1), "preview_first": both_PS.any(dim=1)}
+    cost = {"full_only": full_draws_P * full_cost, "preview_first": draws_P * preview_cost + refined_P * full_cost}
+    succeeded = {way: mean(found_P, resamples) for way, found_P in success.items()}
+    paid = {way: _ratio(mean(cost[way], resamples), succeeded[way]) for way in cost}
+    fraction = _ratio(paid["preview_first"], paid["full_only"])
+    estimates = {
+        **paid,
+        "saving": Estimate(1 - fraction.value, 1 - fraction.replicates),
+        "false_accepts": mean((preview_PS & ~full_PS).double().mean(dim=1), resamples),
+        "false_rejects": mean((~preview_PS & full_PS).double().mean(dim=1), resamples),
+        **{f"{way}_success": estimate for way, estimate in succeeded.items()},
     }
+    return {name: _described(estimate) for name, estimate in estimates.items()}
+
+
+def _ratio(a: Estimate, b: Estimate) -> Estimate:
+    """a / b, infinite where b is zero."""
+    return Estimate(a.value / b.value if b.value else math.inf, a.replicates / b.replicates)
+
+
+def _described(estimate: Estimate) -> dict:
+    """What a report says of it. An order statistic instead of an interpolated one, which infinity would make NaN."""
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    replicates_R = estimate.replicates.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)  # ∞/∞: none saved
+    interval = torch.quantile(replicates_R, ends, interpolation="nearest").tolist()
+    numbers = [number if math.isfinite(number) else None for number in (estimate.value, *interval)]
+    return {"mean": numbers[0], "ci95": numbers[1:]}

@@ -70,7 +70,7 @@ def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
             d_model=128,
             d_kv=32,
             num_heads=4,
-            d_ff=256,
+            d_ff=192,
             num_layers=2,
             feed_forward_proj="gated-gelu",
             dropout_rate=0.0,

@@ -4,8 +4,9 @@
     accelerate launch zoo/train_mini_flux_vae.py --steps 6000 --batch_size 128 --minutes 4       # GPU
     accelerate launch zoo/train_mini_flux_vae.py --start zoo/mini-flux/vae --name mini-flux-decoder  # decoder alone
 
-`zoo/train_mini_flux.py` goes on from the result. With `--start` the encoder stays as it is, and so do the latents that
-a transformer has been trained on; the better decoder is written back to where it came from.
+It begins as the autoencoder of zoo/mini-sd, whose four channels are the first four of its eight: that one knows the
+world already, at 64 px. `zoo/train_mini_flux.py` goes on from the result. With `--start` the encoder stays as it is,
+and so do the latents that a transformer has been trained on; the better decoder is written back to where it came from.
 """
 
 import sys
@@ -21,7 +22,7 @@ from trl import TrlParser
 from data.scenes import Scene
 from zoo.mini_flux import LARGE, LATENT_CHANNELS, SMALL
 from zoo.train_mini_sd_vae import Reconstruction
-from zoo.training import RUNS, Run, fit, parameter_count, pictures, scene_batches, write_log
+from zoo.training import RUNS, ZOO, Run, fit, parameter_count, pictures, scene_batches, write_log
 
 
 @dataclass
@@ -29,23 +30,44 @@ class VaeRun(Run):
     name: str = "mini-flux-vae"
     steps: int = 3000
     batch_size: int = 16
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 4e-4
     ema_decay: float = 0.998
     large_every: int = field(default=3, metadata={"help": "every n-th batch is at 128 px, a quarter as many pictures"})
 
 
-def build_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 48, 64),
-        layers_per_block=1,
+@torch.no_grad()
+def build_vae(smaller: AutoencoderKL) -> AutoencoderKL:
+    """An autoencoder that does what `smaller` does, with further latent channels that its decoder does not read yet.
+
+    The 1 x 1 convolutions beside the latents, which FLUX's autoencoder does without, are folded into their neighbours.
+    """
+    shape = ("down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "norm_num_groups")
+    vae = AutoencoderKL(
+        **{key: smaller.config[key] for key in shape},
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
         sample_size=LARGE,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+    old, new = smaller.state_dict(), vae.state_dict()
+    new |= {name: weight for name, weight in old.items() if name in new and weight.shape == new[name].shape}
+    known = smaller.config.latent_channels
+
+    quant = old["quant_conv.weight"][..., 0, 0]
+    weight = torch.einsum("om,mcij->ocij", quant, old["encoder.conv_out.weight"]).unflatten(0, (2, known))
+    bias = (quant @ old["encoder.conv_out.bias"] + old["quant_conv.bias"]).unflatten(0, (2, known))
+    moments = new["encoder.conv_out.weight"].zero_().unflatten(0, (2, LATENT_CHANNELS))  # means, log-variances
+    moments[:, :known] = weight
+    moments[0, known:].normal_(std=float(weight[0].std()))
+    shifts = new["encoder.conv_out.bias"].zero_().unflatten(0, (2, LATENT_CHANNELS))
+    shifts[:, :known] = bias
+    shifts[1, known:] = bias[1].mean()
+
+    weight, post_quant = old["decoder.conv_in.weight"], old["post_quant_conv.weight"][..., 0, 0]
+    new["decoder.conv_in.weight"].zero_()[:, :known] = torch.einsum("omij,mc->ocij", weight, post_quant)
+    new["decoder.conv_in.bias"] = old["decoder.conv_in.bias"] + weight.sum((2, 3)) @ old["post_quant_conv.bias"]
+    vae.load_state_dict(new)
+    return vae
 
 
 def batch_pictures(run: VaeRun, step: int, scenes: list[Scene], device: torch.device) -> torch.Tensor:
@@ -58,8 +80,10 @@ def batch_pictures(run: VaeRun, step: int, scenes: list[Scene], device: torch.de
 def main() -> None:
     (run,) = TrlParser((VaeRun,)).parse_args_and_config()
     torch.manual_seed(0)
-    vae = AutoencoderKL.from_pretrained(run.start, dtype=torch.float32) if run.start else build_vae()
-    if run.start:
+    vae = AutoencoderKL.from_pretrained(run.start or ZOO / "mini-sd" / "vae", dtype=torch.float32)
+    if not run.start:
+        vae = build_vae(vae)
+    else:
         vae.encoder.requires_grad_(False)
     network = Reconstruction(vae).to(memory_format=torch.channels_last)
 

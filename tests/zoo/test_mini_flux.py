@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from diffusers import FluxKontextPipeline, FluxPipeline
+from diffusers import AutoencoderKL, FluxKontextPipeline, FluxPipeline
 from tiny_flux import CLIP, save_tiny_flux, tiny_networks
 from torch import nn
 
@@ -202,11 +202,24 @@ def test_muon_gets_the_matrices_of_the_blocks(networks, monkeypatch):
 
 
 def test_the_autoencoder_works_at_both_sizes():
-    vae = build_vae()
+    vae = build_vae(AutoencoderKL.from_pretrained(training.ZOO / "mini-sd" / "vae"))
     for size in (SMALL, LARGE):
         latents = vae.encode(torch.zeros(1, 3, size, size)).latent_dist.mode()
         assert latents.shape == (1, 8, size // 4, size // 4)
         assert vae.decode(latents).sample.shape == (1, 3, size, size)
+
+
+def test_the_autoencoder_begins_as_the_smaller_one():
+    """But for the border, where the folded bias of a 1 x 1 convolution is missing in the padding."""
+    smaller = AutoencoderKL.from_pretrained(training.ZOO / "mini-sd" / "vae", dtype=torch.float32).eval()
+    vae = build_vae(smaller).eval()
+    x_BCHW = training.pictures([Scene.random(10**6)], SMALL, torch.device("cpu"))
+    with torch.no_grad():
+        ours, theirs = (v.encode(x_BCHW).latent_dist.mode() for v in (vae, smaller))
+        torch.testing.assert_close(ours[:, :4], theirs, atol=1e-4, rtol=1e-4)
+        assert ours[:, 4:].std() > 0.1
+        difference = (vae.decode(ours).sample - smaller.decode(theirs).sample)[..., 16:-16, 16:-16]
+    assert difference.square().mean().sqrt() < 0.01
 
 
 def test_every_third_batch_of_the_autoencoder_is_large():
