@@ -5,39 +5,64 @@
     accelerate launch train.py --config configs/mini_sd.yaml --resume_from_checkpoint last
 
 Leaves in `output_dir`: checkpoint-N, each a solver that can be loaded and resumed; best, the solver of the highest
-held-out reward; contact_sheets; trainer_state.json, the log; what `report_to` writes.
+held-out reward; final, that of the last update; contact_sheets; trainer_state.json, the log; what `report_to` writes.
 """
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.command_line import errors_as_sentences
 from solver.run_config import SolverRunConfig
+
+if TYPE_CHECKING:
+    from solver.trainer import ConsistencySolverTrainer
+
+RESULTS = ("best", "final")  # folders of solvers in output_dir
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from trl import TrlParser
-
-    from solver.trainer_config import ConsistencySolverConfig
-
-    parser = TrlParser((SolverRunConfig, ConsistencySolverConfig))
-    config, args = parser.parse_args_and_config(arguments)
-    train(config, args)
-
-
-def train(config: SolverRunConfig, args) -> None:
-    """One run. `args` is a `ConsistencySolverConfig`."""
-    from solver.run_config import load_datasets, load_pipeline, load_rewards, make_solver
-    from solver.trainer import ConsistencySolverTrainer
-
-    pipe = load_pipeline(config)
-    train_dataset, eval_dataset = load_datasets(config)
-    trainer = ConsistencySolverTrainer(
-        pipe, make_solver(config, pipe), load_rewards(config), args, train_dataset, eval_dataset
-    )
-    # Trainer looks for the last checkpoint itself where it is told `True`.
-    checkpoint = {"last": True}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
-    try:
+    with errors_as_sentences("train.py"):
+        trainer, checkpoint = prepare(arguments)
+    try:  # what goes wrong from here on is worth a traceback
         trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(Path(trainer.args.output_dir) / "final")
         trainer.save_state()
     finally:
         trainer.end()
+
+
+def prepare(arguments: list[str] | None) -> "tuple[ConsistencySolverTrainer, str | bool | None]":
+    """The trainer of a command line, and what it is to resume from."""
+    from trl import TrlParser
+
+    from solver.run_config import load_datasets, load_pipeline, load_rewards, make_solver
+    from solver.trainer import ConsistencySolverTrainer
+    from solver.trainer_config import ConsistencySolverConfig
+
+    config, args = TrlParser((SolverRunConfig, ConsistencySolverConfig)).parse_args_and_config(arguments)
+    # Trainer looks for the last checkpoint itself where it is told `True`.
+    checkpoint = {"last": True}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
+    check_output(Path(args.output_dir), checkpoint)
+    pipe = load_pipeline(config)
+    train_dataset, eval_dataset = load_datasets(config)
+    solver, rewards = make_solver(config, pipe), load_rewards(config)
+    return ConsistencySolverTrainer(pipe, solver, rewards, args, train_dataset, eval_dataset), checkpoint
+
+
+def check_output(folder: Path, checkpoint: str | bool | None) -> None:
+    """Raises ValueError where a new run would mix with an earlier one, or there is nothing to resume."""
+    kept = sorted(path.name for path in folder.glob("checkpoint-*")) + [
+        name for name in RESULTS if (folder / name).exists()
+    ]
+    if checkpoint is None and kept:
+        raise ValueError(
+            f"output_dir={str(folder)!r} has {', '.join(kept)} of an earlier run. Go on with it by "
+            "--resume_from_checkpoint last, or choose another folder."
+        )
+    if checkpoint is True and not any(name.startswith("checkpoint-") for name in kept):
+        raise ValueError(f"output_dir={str(folder)!r} has no checkpoint to resume from.")
+    if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
+        raise ValueError(f"resume_from_checkpoint={checkpoint!r}: there is no such folder.")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.build_config import BuildConfig
+from data.command_line import errors_as_sentences
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -264,4 +265,5 @@ def main(args: list[str] | None = None) -> Report:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_as_sentences("data.build"):
+        main()

@@ -3,6 +3,8 @@
 import json
 from dataclasses import dataclass, field
 
+from data.command_line import DTYPES, are_numbers, as_list, check_dtype, check_whole
+
 PUBLISHED_SCHEDULER = "DPMSolverMultistepScheduler"
 PUBLISHED_SCHEDULER_KWARGS = {
     "algorithm_type": "dpmsolver",
@@ -10,7 +12,6 @@ PUBLISHED_SCHEDULER_KWARGS = {
     "final_sigmas_type": "sigma_min",
     "timestep_spacing": "linspace",
 }
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -58,31 +59,28 @@ class BuildConfig:
 
     def __post_init__(self):
         if isinstance(self.scheduler_kwargs, str):
-            self.scheduler_kwargs = json.loads(self.scheduler_kwargs)
+            try:
+                self.scheduler_kwargs = json.loads(self.scheduler_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"scheduler_kwargs={self.scheduler_kwargs!r} is not JSON: {error}.") from error
         if self.scheduler_kwargs is None:
             self.scheduler_kwargs = PUBLISHED_SCHEDULER_KWARGS if self.scheduler == PUBLISHED_SCHEDULER else {}
         self.model = self.model.rstrip("/")
-        models = self.reward_models or [None] * len(self.rewards)
+        self.guidance_scale, self.rewards = as_list(self.guidance_scale), as_list(self.rewards)
+        models = as_list(self.reward_models) or [None] * len(self.rewards)
         self.reward_models = [None if model == "null" else model for model in models]  # "null": from the command line
         self._check()
 
     def _check(self) -> None:
         for name in ("seeds_per_prompt", "num_inference_steps", "batch_size", "shard_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}.")
-        if not _are_numbers(self.guidance_scale) or not self.guidance_scale:
+            check_whole(name, getattr(self, name))
+        check_dtype(self.dtype)
+        if not are_numbers(self.guidance_scale) or not self.guidance_scale:
             raise ValueError(f"guidance_scale={self.guidance_scale!r}: expected a list of numbers.")
         span = self.guidance_range
-        if span is not None and not (_are_numbers(span) and len(span) == 2 and span[0] < span[1]):
+        if span is not None and not (are_numbers(span) and len(span) == 2 and span[0] < span[1]):
             raise ValueError(f"guidance_range={span!r}: expected two numbers, the lower one first.")
         if not isinstance(self.scheduler_kwargs, dict):
             raise ValueError(f"scheduler_kwargs={self.scheduler_kwargs!r}: expected a mapping.")
         if len(self.reward_models) != len(self.rewards):
             raise ValueError(f"reward_models={self.reward_models!r}: expected one for each of {self.rewards!r}.")
-
-
-def _are_numbers(values: object) -> bool:
-    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)

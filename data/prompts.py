@@ -142,7 +142,7 @@ def _open(
     if is_world:
         texts = _scene_captions(world_split, num_prompts)
     elif is_text:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        texts = _read_lines(path)
     elif not path.exists() and (path.suffix in {*FORMATS, ".txt"} or source.count("/") > 1 or path.is_absolute()):
         raise FileNotFoundError(f"prompts={source!r}: there is no such file or folder.")
     elif image_column is not None:
@@ -150,6 +150,13 @@ def _open(
     else:
         texts = _dataset_column(source, column, split)
     return ((text, None, None) for text in texts)
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts={str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
 
 
 def _scene_captions(split: str, num_prompts: int | None) -> Iterator[str]:

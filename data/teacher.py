@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import diffusers
@@ -20,7 +21,7 @@ from data.shards import to_bytes
 from rewards import Reward
 from solver.samplers.calls import encode_sources, guidance, text_length
 from solver.samplers.cascade import call_at_size
-from solver.samplers.digest import weights_digest
+from solver.samplers.digest import reward_digest, weights_digest
 from solver.samplers.latents import decode, default_size, latent_shape, pack, unpack
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Teacher:
         width: likewise.
 
     Raises:
-        ValueError: the size does not fit the pipeline, or two rewards share a name.
+        ValueError: the size does not fit the pipeline, too many steps, or two rewards share a name.
     """
 
     def __init__(
@@ -65,6 +66,11 @@ class Teacher:
         self.latent_shape = latent_shape(pipe, height, width)
         self.height, self.width = height or default_size(pipe)[0], width or default_size(pipe)[1]
         self.rewards = {reward.name: reward for reward in rewards}
+        longest = pipe.scheduler.config.get("num_train_timesteps", num_inference_steps)
+        if num_inference_steps > longest:
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps}: this noise schedule has {longest} timesteps."
+            )
         if len(self.rewards) < len(rewards):
             raise ValueError(f"rewards {[reward.name for reward in rewards]}: each can be used only once.")
 
@@ -130,11 +136,15 @@ class Teacher:
         }
 
     def describe_features(self) -> dict[str, dict]:
-        """Shape and dtype of each reward's features of one picture."""
+        """Shape and dtype of each reward's features of one picture, and the fingerprint of its network."""
         grey_BCHW = torch.full((1, 3, self.height, self.width), 0.5)
         features = {name: reward.features(grey_BCHW)[0] for name, reward in self.rewards.items()}
         return {
-            name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+            name: {
+                "shape": list(value.shape),
+                "dtype": str(value.dtype).removeprefix("torch."),
+                "weights": reward_digest(self.rewards[name]),
+            }
             for name, value in features.items()
         }
 
@@ -163,7 +173,12 @@ def open_pipeline(model: str, dtype: torch.dtype = torch.float32, pipeline: str 
     pipeline_class = getattr(diffusers, pipeline or "DiffusionPipeline", None)
     if not (inspect.isclass(pipeline_class) and issubclass(pipeline_class, DiffusionPipeline)):
         raise ValueError(f"pipeline={pipeline!r} is not a pipeline class of diffusers {diffusers.__version__}.")
-    pipe = pipeline_class.from_pretrained(model, dtype={"default": dtype, "vae": torch.float32})
+    try:
+        pipe = pipeline_class.from_pretrained(model, dtype={"default": dtype, "vae": torch.float32})
+    except OSError as error:
+        if Path(model).is_dir():
+            raise OSError(f"model {model!r} is incomplete: {error}") from error
+        raise OSError(f"model {model!r} is no pipeline folder here, and none on the hub or in its cache.") from error
     for part in map(pipe.components.get, ("unet", "vae")):
         if part is not None:
             part.to(memory_format=torch.channels_last)  # what convolutions are fastest in

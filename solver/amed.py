@@ -19,7 +19,6 @@ table cannot follow; `dpm2s` of `solver.multistep` is the two-evaluation solver 
 Shape suffixes: K evaluations, C candidates, B rows.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.command_line import errors_as_sentences
 from data.shards import make_folder
 from solver.distillation import (
     open_run,
@@ -180,7 +180,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_as_sentences("solver.amed"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"solver.amed: {' '.join(str(error).split())}")

@@ -18,7 +18,6 @@ Shape suffixes: K steps, M history (newest first), A weight actions (M - 1), B r
 """
 
 import functools
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
+from data.command_line import errors_as_sentences
 from data.shards import make_folder
 from solver.run_config import SolverRunConfig
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler, Grid, SolverTable, dpm2m
@@ -297,7 +297,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_as_sentences("solver.distillation"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"solver.distillation: {' '.join(str(error).split())}")

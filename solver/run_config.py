@@ -4,6 +4,8 @@ loads it, so that a command line can be read at once."""
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from data.command_line import as_list, check_dtype, check_whole
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch.utils.data import Dataset
@@ -16,7 +18,7 @@ class SolverRunConfig:
     """Model, data and kind of solver.
 
     Raises:
-        ValueError: `reward_models` do not fit `rewards`, or a number of rows is below 1.
+        ValueError: `reward_models` do not fit `rewards`, a number of rows is below 1, or there is no such `dtype`.
     """
 
     model: str = field(metadata={"help": "pipeline that rendered the dataset: hub id or local folder"})
@@ -31,7 +33,7 @@ class SolverRunConfig:
     reward_models: list[str] | None = field(default=None, metadata={"help": "hub id or folder for each; or published"})
 
     # Solver
-    initial_solver: str | None = field(default=None, metadata={"help": "a solver to go on from; the rest is its own"})
+    initial_solver: str | None = field(default=None, metadata={"help": "a solver of the same kind to go on from"})
     solver_order: int = field(default=4, metadata={"help": "predictions that a step combines"})
     base_rule: str = field(default="dpm2m", metadata={"help": "classical rule that the untrained solver is"})
     learn_weights: bool = field(default=True, metadata={"help": "change the weights of the base rule"})
@@ -44,12 +46,13 @@ class SolverRunConfig:
     )
 
     def __post_init__(self):
-        if self.reward_models is None:
-            self.reward_models = [None] * len(self.rewards)
+        self.rewards = as_list(self.rewards)
+        models = as_list(self.reward_models) or [None] * len(self.rewards)
+        self.reward_models = [None if model == "null" else model for model in models]  # "null": from the command line
+        check_dtype(self.dtype)
         if len(self.reward_models) != len(self.rewards):
             raise ValueError(f"reward_models={self.reward_models}: expected one for each of {self.rewards}.")
-        if self.num_eval_rows < 1:
-            raise ValueError(f"num_eval_rows={self.num_eval_rows}: expected at least 1.")
+        check_whole("num_eval_rows", self.num_eval_rows)
 
 
 def load_pipeline(config: SolverRunConfig) -> "DiffusionPipeline":
@@ -62,23 +65,28 @@ def load_pipeline(config: SolverRunConfig) -> "DiffusionPipeline":
 
 
 def make_solver(config: SolverRunConfig, pipe: "DiffusionPipeline") -> "ConsistencySolverScheduler":
-    """The solver to begin with: untrained, or `initial_solver`."""
+    """The solver to begin with: untrained, or `initial_solver`. Raises ValueError if that is of another kind."""
     from solver.scheduling_consistency_solver import ConsistencySolverScheduler
 
+    kind = {
+        "solver_order": config.solver_order,
+        "base_rule": config.base_rule,
+        "learn_weights": config.learn_weights,
+        "learn_grid": config.learn_grid,
+        "head": config.head,
+        "num_bins": config.num_bins,
+        "inputs": config.policy_inputs,
+    }
     if config.initial_solver is not None:
-        return ConsistencySolverScheduler.from_pretrained(config.initial_solver)
-    spacing = {} if config.timestep_spacing is None else {"timestep_spacing": config.timestep_spacing}
-    return ConsistencySolverScheduler.from_scheduler(
-        pipe.scheduler,
-        order=config.solver_order,
-        base_rule=config.base_rule,
-        learn_weights=config.learn_weights,
-        learn_grid=config.learn_grid,
-        head=config.head,
-        num_bins=config.num_bins,
-        inputs=config.policy_inputs,
-        **spacing,
-    )
+        solver = ConsistencySolverScheduler.from_pretrained(config.initial_solver)
+        if others := [
+            f"{key} {solver.config[key]!r}, not {kind[key]!r}" for key in kind if solver.config[key] != kind[key]
+        ]:
+            raise ValueError(f"initial_solver={config.initial_solver!r} is of another kind: {'; '.join(others)}.")
+        return solver
+    if config.timestep_spacing is not None:
+        kind["timestep_spacing"] = config.timestep_spacing
+    return ConsistencySolverScheduler.from_scheduler(pipe.scheduler, order=kind.pop("solver_order"), **kind)
 
 
 def load_rewards(config: SolverRunConfig) -> list:

@@ -3,6 +3,7 @@
 Shape suffixes: B rows, R reward functions.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ class Scorer:
         self.functions = [
             load_reward(f) if isinstance(f, str) else f for f in ([reward_funcs] if single else reward_funcs)
         ]
-        self.names = [function.__name__ for function in self.functions]
+        self.names = [getattr(f, "__name__", type(f).__name__) for f in self.functions]  # partial functions have none
         for function in self.functions:
             if isinstance(function, Reward):
                 function.to(accelerator.device)
@@ -119,5 +120,23 @@ class Scorer:
         for name, function in zip(self.names, self.functions, strict=True):
             cached = name in rows[0]["features"]
             features = torch.stack([row["features"][name] for row in rows]).to(device) if cached else None
-            scores.append(function(**columns, target_features=features).float().cpu())
+            scores.append(_checked(function(**columns, target_features=features), name, len(rows)))
         return torch.stack(scores)
+
+
+def _checked(answer: Tensor | Sequence[float | None], name: str, count: int) -> Tensor:
+    """What a reward function answered, float32 (B,) on the CPU; None in a list is NaN.
+
+    Raises:
+        ValueError: it is no number a row, or one is infinite.
+    """
+    if not isinstance(answer, Tensor):
+        try:
+            answer = torch.tensor([math.nan if score is None else float(score) for score in answer])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"reward {name!r} answered {answer!r:.80}: expected {count} numbers.") from error
+    if answer.shape != (count,):
+        raise ValueError(f"reward {name!r} answered a tensor {tuple(answer.shape)}: expected ({count},).")
+    if answer.isinf().any():
+        raise ValueError(f"reward {name!r} answered infinity, which cannot be averaged. Clamp it.")
+    return answer.float().cpu()

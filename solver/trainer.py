@@ -20,6 +20,7 @@ Shape suffixes: B rollouts, K steps, D actions, F policy inputs, R reward functi
 Source: arXiv 2512.13592.
 """
 
+import json
 import math
 import random
 import time
@@ -42,9 +43,11 @@ from solver.rollout import Renderer
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler, SolverTable
 from solver.scoring import RewardFunction, Scorer, Scores
 from solver.trainer_config import ConsistencySolverConfig
-from solver.training_data import check_teacher, image_size, rows_by_guidance
+from solver.training_data import check_features, check_teacher, image_size, rows_by_guidance
 
 logger = logging.get_logger(__name__)
+# What a checkpoint and the run that goes on from it must share.
+SOLVER_KIND = ("solver_order", "base_rule", "learn_weights", "learn_grid", "head", "num_bins", "inputs", "grid")
 
 
 class ConsistencySolverTrainer(Trainer):
@@ -55,8 +58,8 @@ class ConsistencySolverTrainer(Trainer):
         scheduler: the solver; its policy is trained in place.
         reward_funcs: one or several functions in TRL's sense: called with `images`, `target_images`, `latents`,
             `target_latents`, `target_features` (None where the dataset has none by the function's name), `prompts`
-            and `seeds` by keyword, they answer (B,), higher is better, NaN for "not scored". Short names of
-            `rewards.REWARDS` stand for their published models.
+            and `seeds` by keyword, they answer (B,), higher is better, NaN (None in a list) for "not scored". Short
+            names of `rewards.REWARDS` stand for their published models.
         args: [`ConsistencySolverConfig`].
         train_dataset: rows as in `data.dataset.PreviewDataset`.
         eval_dataset: like it; its rows are previewed at the deterministic action at each evaluation.
@@ -64,8 +67,8 @@ class ConsistencySolverTrainer(Trainer):
         encode: as in `solver.prompt_embeddings.PromptEmbeddings`.
 
     Raises:
-        ValueError: a baked solver, a dataset of another teacher, an empty one, a noise schedule that is not the
-            pipeline's, too few rows, or weights that do not fit the rewards.
+        ValueError: a baked solver, a dataset of another teacher or other reward networks, an empty one, a noise
+            schedule that is not the pipeline's, too few rows, or weights that do not fit the rewards.
     """
 
     def __init__(
@@ -96,6 +99,8 @@ class ConsistencySolverTrainer(Trainer):
         pipeline.to(self.accelerator.device)
         self.renderer = Renderer(pipeline, scheduler, *image_size(train_dataset), args.rollout_batch_size, encode)
         self.scorer = Scorer(self.renderer, reward_funcs, args.reward_weights, self.accelerator)
+        for dataset in (train_dataset, eval_dataset):
+            check_features(dataset, self.scorer.functions)
         self.train_rows = rows_by_guidance(train_dataset, args.guidance_scales, args.prompts_per_iteration)
         self.eval_rows = None if eval_dataset is None else rows_by_guidance(eval_dataset, args.guidance_scales)
         scales = sorted(self.train_rows)
@@ -287,6 +292,19 @@ class ConsistencySolverTrainer(Trainer):
         self.state.best_metric, self.state.best_global_step = reward, self.state.global_step
         if self.args.should_save:
             self.scheduler.save_pretrained(Path(self.args.output_dir) / "best")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Raises ValueError where the checkpoint is of another kind of solver, whose weights may well fit."""
+        path = Path(resume_from_checkpoint) / self.scheduler.config_name
+        if path.is_file():
+            recorded = json.loads(path.read_text())
+            others = [key for key in SOLVER_KIND if recorded.get(key) != self.scheduler.config[key]]
+            if others:
+                both = ", ".join(
+                    f"{key} {recorded.get(key)!r} against {self.scheduler.config[key]!r}" for key in others
+                )
+                raise ValueError(f"{resume_from_checkpoint} is of another solver than this run: {both}.")
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     # -- files and logs -----------------------------------------------------------------------------------------------
 

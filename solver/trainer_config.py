@@ -53,6 +53,7 @@ class ConsistencySolverConfig(TrainingArguments):
     contact_sheet_rows: int = field(default=8, metadata={"help": "pictures of the sheet of an evaluation; 0: none"})
 
     logging_steps: float = field(default=10, metadata={"help": "updates between two logs"})
+    save_steps: float = field(default=200, metadata={"help": "updates between two checkpoints"})
 
     def __post_init__(self):
         self._check()

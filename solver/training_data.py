@@ -8,9 +8,13 @@ from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline
 from torch.utils.data import Subset
+from transformers.utils import logging
 
 from data.dataset import PreviewDataset
-from data.teacher import weights_digest
+from rewards import Reward
+from solver.samplers.digest import reward_digest, weights_digest
+
+logger = logging.get_logger(__name__)
 
 
 def guidance_scales(dataset) -> list[float]:
@@ -24,7 +28,7 @@ def guidance_scales(dataset) -> list[float]:
 
 
 def rows_by_guidance(dataset, only: Sequence[float] | None = None, at_least: int = 1) -> dict[float, list[int]]:
-    """Guidance scale -> its row numbers, in order; scales of fewer than `at_least` rows are left out.
+    """Guidance scale -> its row numbers, in order; scales of fewer than `at_least` rows are left out, with a warning.
 
     Args:
         dataset: its rows have a guidance scale each.
@@ -43,6 +47,8 @@ def rows_by_guidance(dataset, only: Sequence[float] | None = None, at_least: int
         counts = {scale: len(rows[scale]) for scale in sorted(rows)}
         which = "No guidance scale has" if only is None else f"Not all of guidance_scales={list(only)} have"
         raise ValueError(f"{which} {at_least} rows; the dataset has (scale: rows) {counts}.")
+    if left_out := [f"{scale:g}" for scale in wanted if scale not in enough]:
+        logger.warning(f"Guidance {', '.join(left_out)} is left out: fewer than {at_least} rows.")
     return enough
 
 
@@ -59,6 +65,25 @@ def check_teacher(dataset, pipe: DiffusionPipeline) -> None:
         denoiser = pipe.transformer if unet is None else unet
         dtype = str(denoiser.dtype).removeprefix("torch.")
         dataset.check_teacher(pipeline=type(pipe).__name__, dtype=dtype, weights=weights_digest(pipe))
+
+
+def check_features(dataset, reward_funcs: Sequence) -> None:
+    """Compares the reward networks with those whose features of the targets the dataset has kept.
+
+    Raises:
+        ValueError: features of another network than the reward's would be compared with its own.
+    """
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    if not isinstance(dataset, PreviewDataset):
+        return
+    for reward in reward_funcs:
+        kept = dataset.teacher["rewards"].get(reward.name) if isinstance(reward, Reward) else None
+        if kept is not None and kept.get("weights") != reward_digest(reward):
+            raise ValueError(
+                f"{dataset.folder} keeps features of another {reward.name} network than the reward's, that of model "
+                f"{kept['model']!r}. Use that one, or build the dataset again."
+            )
 
 
 def image_size(rows: Sequence[dict]) -> tuple[int, int]:

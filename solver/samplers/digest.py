@@ -12,13 +12,23 @@ FIRST_VALUES = 32  # of each weight: enough to tell retrained weights apart, and
 
 
 def weights_digest(pipe: DiffusionPipeline) -> str:
-    """Tells retrained weights apart: sha256 over the names, shapes and first values of all tensors of all networks."""
+    """Tells retrained weights of a pipeline apart."""
+    return networks_digest({name: p for name, p in pipe.components.items() if isinstance(p, torch.nn.Module)})
+
+
+def reward_digest(reward: object) -> str:
+    """The same of a reward's `network`; of one without, a constant."""
+    network = getattr(reward, "network", None)
+    return networks_digest({} if network is None else {"network": network})
+
+
+def networks_digest(networks: Mapping[str, torch.nn.Module]) -> str:
+    """sha256 over the names, shapes and first values of all tensors of all networks."""
     digest = hashlib.sha256()
-    for name, part in sorted(pipe.components.items()):
-        if isinstance(part, torch.nn.Module):
-            for key, tensor in sorted(_state(part).items()):
-                digest.update(f"{name}.{key} {tuple(tensor.shape)}".encode())
-                digest.update(_bytes(tensor.flatten()[:FIRST_VALUES].float()))
+    for name, network in sorted(networks.items()):
+        for key, tensor in sorted(_state(network).items()):
+            digest.update(f"{name}.{key} {tuple(tensor.shape)}".encode())
+            digest.update(_bytes(tensor.flatten()[:FIRST_VALUES].float()))
     return digest.hexdigest()
 
 

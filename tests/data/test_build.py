@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import math
 import multiprocessing
 import os
 import resource
@@ -150,7 +151,9 @@ def test_the_card_and_the_teacher_say_what_was_done(reference):
     assert teacher["scheduler"]["algorithm_type"] == "dpmsolver"
     assert teacher["components"]["unet"] == "UNet2DConditionModel"
     assert teacher["rewards"]["dino"]["shape"] == [32]
-    assert teacher["rewards"]["pixels"] == {"model": None, "shape": [3, 16, 16], "dtype": "uint8"}
+    pixels, dino = (dict(teacher["rewards"][name]) for name in ("pixels", "dino"))
+    assert len(pixels.pop("weights")) == 64 and dino["weights"] != teacher["rewards"]["pixels"]["weights"]
+    assert pixels == {"model": None, "shape": [3, 16, 16], "dtype": "uint8"}
     card = (reference / "README.md").read_text()
     assert "18 rows" in card and "`features_dino`" in card and "guidance scale 3.0, 7.5" in card
 
@@ -400,6 +403,8 @@ def test_flow_models_keep_to_flow_schedulers():
         ({"guidance_range": [7.0, 3.0]}, "guidance_range="),
         ({"rewards": ["depth", "dino"], "reward_models": ["zoo/depth"]}, "one for each of"),
         ({"scheduler_kwargs": "[1]"}, "expected a mapping"),
+        ({"scheduler_kwargs": "{solver_order: 3}"}, "scheduler_kwargs='{solver_order: 3}' is not JSON"),
+        ({"guidance_scale": [math.nan]}, "guidance_scale="),
     ],
 )
 def test_bad_knobs_are_named(knobs, message):
@@ -417,6 +422,11 @@ def test_the_default_solver_lends_its_arguments_to_no_other():
     assert make_config().scheduler_kwargs["algorithm_type"] == "dpmsolver"
     assert make_config(scheduler="DDIMScheduler").scheduler_kwargs == {}
     assert make_config(scheduler_kwargs='{"solver_order": 3}').scheduler_kwargs == {"solver_order": 3}
+
+
+def test_a_single_value_is_a_list_of_one():
+    config = make_config(guidance_scale=3, rewards="depth", reward_models="zoo/depth")
+    assert (config.guidance_scale, config.rewards, config.reward_models) == ([3], ["depth"], ["zoo/depth"])
 
 
 @pytest.mark.parametrize("name", ["build_mini_sd", "build_sd15"])

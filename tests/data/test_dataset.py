@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from tiny_teacher import build_args, make_tiny_flux, make_tiny_sd, make_tiny_sd3, make_tiny_sdxl, save_models
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from data.build import main
 from data.dataset import PreviewDataset
@@ -15,6 +15,7 @@ from data.noise import initial_noise, noise_check
 from data.shards import write_shard
 from rewards import load_reward
 from solver.samplers.latents import decode, default_size, latent_shape, pack, unpack
+from solver.training_data import check_features
 
 EMBEDS = {"prompt_embeds": torch.ones(2, 5, 16), "pooled_prompt_embeds": torch.ones(2, 16)}
 FAMILIES = {
@@ -184,3 +185,15 @@ def test_a_drifting_generator_is_noticed(copy):
     with pytest.raises(ValueError, match="noise of seed 11 began with"):
         PreviewDataset(copy)
     assert json.loads(shard.with_suffix(".json").read_text())["rows"] == 5
+
+
+# Features
+
+
+def test_features_of_another_network_are_refused(dataset, models):
+    reward = load_reward("dino", models / "dino")
+    check_features(dataset, [load_reward("pixels"), reward, print])
+    with torch.no_grad():
+        next(reward.network.parameters()).add_(1)
+    with pytest.raises(ValueError, match=r"another dino network than the reward's, that of model '.*/dino'"):
+        check_features(Subset(dataset, [0, 1]), [reward])

@@ -120,3 +120,9 @@ def test_bad_columns_and_splits_are_named(tmp_path):
 def test_a_streamed_table_without_a_schema_has_columns_too(tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
     assert read_prompts(str(tmp_path / "captions.json")).texts == DISTINCT
+
+
+def test_other_encodings_are_named(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("un château rouge\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"prompts\.txt' is not UTF-8 text: .* at byte 5"):
+        read_prompts(str(tmp_path / "prompts.txt"))

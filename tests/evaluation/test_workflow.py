@@ -17,8 +17,8 @@ def test_draws():
 def test_by_hand():
     full = table("0010", "1000", "0000")
     preview = table("0110", "0100", "1000")
-    # Full only: 3 + 1 + 4 renders for two pictures. Previews first, for one: prompt 1 looks at 3, renders the false and
-    # the right one; prompt 2 rejects its only good seed, looks at 4, renders 1; prompt 3 looks at 4, renders 1.
+    # Full only: 3 + 1 + 4 renders for two pictures. Previews first, for one picture: prompt 1 looks at 3 and renders
+    # two, one in vain; prompt 2 rejects its only good seed, looks at 4, renders 1; prompt 3 looks at 4, renders 1.
     result = simulate(preview, full, preview_cost=5, full_cost=40)
     assert result["full_only"]["mean"] == pytest.approx(40 * 8 / 2)
     assert result["preview_first"]["mean"] == pytest.approx(5 * 11 + 40 * 4)

@@ -1,5 +1,6 @@
 """PPO on a problem with a closed form: it learns, counts, resumes, and refuses what it cannot do."""
 
+import functools
 import json
 import math
 import os
@@ -47,6 +48,34 @@ def make_trainer(output_dir, datasets, solver=(), reward_funcs=latent_psnr, **ch
 
 
 CATEGORICAL = {"head": "categorical", "base_rule": "ddim", "learn_grid": False, "inputs": "published"}
+
+
+# -- what reward functions may answer ---------------------------------------------------------------------------------
+
+
+def test_lists_and_partial_functions_are_rewards(tmp_path, datasets):
+    def answer(images, sign, **columns):
+        return [None, *(sign * float(image.mean()) for image in images[1:])]
+
+    trainer = make_trainer(tmp_path, datasets, reward_funcs=[functools.partial(answer, sign=-1), latent_psnr])
+    assert trainer.scorer.names == ["partial", "latent_psnr"]
+    table = trainer.scheduler.coefficients(3, 1.0)
+    scores_RB = trainer.scorer.score([datasets[1][0], datasets[1][0]], 1.0, table).scores_RB
+    assert scores_RB[0].isnan().tolist() == [True, False] and scores_RB[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (lambda images, **columns: None, "answered None: expected 2 numbers"),
+        (lambda images, **columns: torch.zeros(len(images), 1), r"answered a tensor \(2, 1\): expected \(2,\)"),
+        (lambda images, **columns: torch.full((len(images),), math.inf), "answered infinity"),
+    ],
+)
+def test_other_answers_are_refused(tmp_path, datasets, answer, sentence):
+    trainer = make_trainer(tmp_path, datasets, reward_funcs=answer)
+    with pytest.raises(ValueError, match=sentence):
+        trainer.scorer.score([datasets[1][0], datasets[1][0]], 1.0, trainer.scheduler.coefficients(3, 1.0))
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------
@@ -231,6 +260,9 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path, datasets):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert rewards_logged(resumed) == rewards_logged(whole)
     assert resumed.state.best_metric == whole.state.best_metric
+    other = make_trainer(tmp_path, datasets, solver={"base_rule": "ddim"}, **settings)
+    with pytest.raises(ValueError, match="is of another solver than this run: base_rule 'dpm2m' against 'ddim'"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert whole.model.mlp[-1].weight.abs().max() > 0
@@ -422,8 +454,20 @@ def test_script_trains_saves_and_resumes(tmp_path, monkeypatch):
     solver = ConsistencySolverScheduler.from_pretrained(tmp_path / "run" / "checkpoint-2")
     assert solver.config.solver_order == 2
     assert ConsistencySolverScheduler.from_pretrained(tmp_path / "run" / "best").policy is not None
+    assert ConsistencySolverScheduler.from_pretrained(tmp_path / "run" / "final").config.trained_steps == [3, 3]
     train([*arguments, "--resume_from_checkpoint", "last", "--num_iterations", "3"])
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    for wrong, sentence in {
+        (): "checkpoint-1, checkpoint-2, checkpoint-3, best, final of an earlier run",
+        ("--output_dir", tmp_path / "new", "--dtype", "fp16"): "dtype='fp16': expected one of",
+        ("--output_dir", tmp_path / "new", "--resume_from_checkpoint", "last"): "has no checkpoint to resume from",
+        ("--output_dir", tmp_path / "new", "--model", "no/model"): "model 'no/model' is no pipeline folder here",
+        ("--output_dir", tmp_path / "new", "--initial_solver", tmp_path / "run" / "best", "--base_rule", "ddim"): (
+            "is of another kind: base_rule 'dpm2m', not 'ddim'"
+        ),
+    }.items():
+        with pytest.raises(SystemExit, match=sentence):
+            train([*arguments, *map(str, wrong)])
 
     with pytest.raises(ValueError, match="rendered by another teacher"):
         make_trainer(tmp_path, (PreviewDataset(tmp_path / "dataset"), None))

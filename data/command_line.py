@@ -1,0 +1,43 @@
+"""What the command lines share: values of a config, and errors as one sentence instead of a traceback."""
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@contextmanager
+def errors_as_sentences(command: str) -> Iterator[None]:
+    """Ends the process with one line where what it was given is wrong: ValueError, OSError, ImportError."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{command}: {' '.join(str(error).split())}")
+
+
+def as_list(value: object) -> object:
+    """A single value of a YAML file, `rewards: pixels`, is meant as a list of one; None stays None."""
+    return value if value is None or isinstance(value, list) else [value]
+
+
+def are_numbers(values: object) -> bool:
+    """Whether it is a list of finite numbers."""
+    return isinstance(values, list) and all(_is_number(value) for value in values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_dtype(name: object) -> None:
+    """Raises ValueError for anything but one of `DTYPES`."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}: expected one of {', '.join(DTYPES)}.")
+
+
+def check_whole(name: str, value: object, lowest: int = 1) -> None:
+    """Raises ValueError, with the name of the option, unless the value is a whole number of at least `lowest`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least {lowest}.")

@@ -1,0 +1,39 @@
+"""Every config that trains a solver can be read, and says what it should."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import TrlParser
+
+from solver.amed import AmedConfig
+from solver.distillation import DistillationConfig
+from solver.run_config import SolverRunConfig
+from solver.trainer_config import ConsistencySolverConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = CONFIGS / "recipes"
+
+
+def trainings() -> list[Path]:
+    """The configs of train.py: they have iterations."""
+    return [path for path in sorted(CONFIGS.rglob("*.yaml")) if "num_iterations" in yaml.safe_load(path.read_text())]
+
+
+@pytest.mark.parametrize("path", trainings(), ids=lambda path: path.stem)
+def test_trainings(path, tmp_path):
+    arguments = ["--config", str(path), "--output_dir", str(tmp_path), "--report_to", "none"]
+    config, args = TrlParser((SolverRunConfig, ConsistencySolverConfig)).parse_args_and_config(arguments)
+    assert len(config.reward_models) == len(config.rewards)
+    assert args.max_steps == args.num_iterations * args.num_ppo_epochs
+    assert min(args.step_counts) >= 2
+
+
+def test_there_are_trainings():
+    assert {"mini_sd", "demo", "sd15_depth", "sdxl", "published_mini_sd"} <= {path.stem for path in trainings()}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(DistillationConfig, "distilled_mini_sd"), (AmedConfig, "amed_mini_sd")])
+def test_recipes(kind, name):
+    (config,) = TrlParser((kind,)).parse_args_and_config(["--config", str(RECIPES / f"{name}.yaml")])
+    assert config.model == "zoo/mini-sd"
