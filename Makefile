@@ -8,9 +8,9 @@ export TOKENIZERS_PARALLELISM := false
 
 demo: .venv/installed
 	$(BIN)/python -m data.build --config configs/build_demo.yaml
+	rm -rf runs/demo outputs/demo
 	$(BIN)/python train.py --config configs/demo.yaml
 	$(BIN)/python evaluate.py --config configs/eval_demo.yaml
-	rm -rf outputs/demo
 	$(BIN)/python -m solver.export runs/demo/best outputs/demo/solver --to solver --model zoo/mini-sd \
 		--metrics runs/eval_demo/metrics.json
 	@cp runs/eval_demo/table.md runs/eval_demo/contact_sheet.png outputs/demo

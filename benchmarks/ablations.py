@@ -45,7 +45,7 @@ def train_row(name: str, output: Path, iterations: int, seed: int) -> None:
     length = ["--num_iterations", str(iterations), "--eval_steps", str(epochs * max(1, iterations // 4))]
     quiet = ["--save_strategy", "no", "--report_to", "none", "--contact_sheet_rows", "0"]
     arguments = ["--config", CONFIG, "--output_dir", str(folder), "--seed", str(seed)]
-    train.train(*parser.parse_args_and_config(arguments + CELLS + length + quiet + ROWS[name]))
+    train.main(arguments + CELLS + length + quiet + ROWS[name])
 
 
 def main() -> None:

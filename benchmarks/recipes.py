@@ -37,7 +37,7 @@ def run(recipe: str, seed: int, folder: Path, iterations: int | None, eval_itera
         length = ["--num_iterations", str(iterations)] if iterations else []
         arguments = ["--config", RECIPES[recipe], "--seed", str(seed), "--output_dir", str(folder)]
         arguments += evaluation + rewards + logs + length
-        train.train(*parser.parse_args_and_config(arguments))
+        train.main(arguments)
     return curve(json.loads(state.read_text())["log_history"])
 
 
