@@ -25,6 +25,7 @@ continuous residuals on a second-order rule, the learned grid and the guidance i
 import inspect
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
@@ -40,12 +41,17 @@ from diffusers import (
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+logger = logging.get_logger(f"diffusers.{__name__}")  # below diffusers' own, so that its verbosity rules here too
+
 WEIGHTS_NAME = "model.safetensors"
+SOURCE_NAME = "scheduling_consistency_solver.py"  # this file, where it lies beside a configuration
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
@@ -320,6 +326,24 @@ def _require(name: str, value, allowed) -> None:
         raise ValueError(f"{name}={value!r} is not supported; it must be one of {', '.join(map(repr, allowed))}.")
 
 
+def _check_guidance(guidance_scale: float) -> None:
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale={guidance_scale} is not a finite number.")
+
+
+def _check_table(table: SolverTable, order: int) -> None:
+    shapes = [tuple(part.shape) for part in table]
+    *batch, steps = shapes[0] or (0,)
+    width = shapes[2][-1:]
+    if shapes[1:] != [(*batch, steps + 1), (*batch, steps, *width)]:
+        raise ValueError(
+            "A table of K steps has timesteps ([B,] K), sigmas ([B,] K+1) and weights ([B,] K, M); "
+            f"got {', '.join(map(str, shapes))}."
+        )
+    if width > (order,):
+        raise ValueError(f"The table has {width[0]} weights a step, but solver_order is {order}.")
+
+
 class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
     """A linear multistep solver whose weights and grid a small policy has learned.
 
@@ -348,7 +372,8 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         weight_ranges (`list` of pairs, *optional*): ranges of the weight residuals of the categorical head; as
             published ([0, 2], [-2, 0], then [-1, 1]) if not given.
         trained_steps (`list` of two, *optional*): fewest and most steps that the policy was trained on, written by
-            training; with fewer or more the residuals are zero, so that a run is never worse than the base rule's.
+            training; with fewer or more the residuals are zero, so that a run is never worse than the base rule's,
+            and a warning says so once.
         guidance_scale (`float`): default of the attribute of this name, the guidance scale that the policy is told.
         coefficients (`dict`, *optional*): the baked tables, written by `bake`.
 
@@ -398,12 +423,13 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         coefficients: dict | None = None,
     ):
         self._check_config()
+        self._warnings: set[str] = set()
         self._grid_scheduler = self._make_grid_scheduler()
         self.policy = None if coefficients else self._make_policy()
         self.init_noise_sigma = 1.0
         self.table: SolverTable | None = None
         self._pinned: SolverTable | None = None
-        self._guidance_scale = guidance_scale
+        self.guidance_scale = guidance_scale
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.sigmas = self._train_sigmas().flip(0).float()
@@ -433,6 +459,12 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
             )
         if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
             raise ValueError("rescale_betas_zero_snr needs v-prediction: at zero SNR ε says nothing of the image.")
+        for count in config.coefficients or ():
+            table, expected = self._baked_table(count), (int(count), config.solver_order)
+            _check_table(table, config.solver_order)
+            if table.weights.shape != expected:
+                shape = tuple(table.weights.shape)
+                raise ValueError(f"The table baked for {count} steps has weights {shape}, expected {expected}.")
 
     @property
     def is_flow(self) -> bool:
@@ -503,7 +535,8 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         """
         source = dict(scheduler.config)
         if "base_rule" in source:  # such a solver itself, be it from an exported copy of this file
-            return cls.from_config(scheduler.config, solver_order=order, coefficients=None, **overrides)
+            fresh = {"solver_order": order, "coefficients": None, "trained_steps": None}
+            return cls.from_config(scheduler.config, **{**fresh, **overrides})
         name = type(scheduler).__name__
         _require("scheduler", name, GRID_OF_CLASS)
         for key, value in UNSUPPORTED.items():
@@ -542,6 +575,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
 
     @guidance_scale.setter
     def guidance_scale(self, value: float) -> None:
+        _check_guidance(value)
         if self.policy is None:
             self._require_baked_guidance(value)
         self._guidance_scale = value
@@ -667,13 +701,17 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps (`int`): K.
             guidance_scale (`float`, *optional*): by default the attribute.
             grid: `sigmas`, `timesteps`, `mu` of `base_grid`.
+
+        Raises:
+            ValueError: if the guidance scale is not finite, or as in `base_grid`.
         """
+        guidance = self.guidance_scale if guidance_scale is None else guidance_scale
+        _check_guidance(guidance)
         timesteps, points = self.base_grid(num_inference_steps, **grid)
         if self.config.inputs == "published":
             level = points.s if self.is_flow else F.pad(timesteps, (0, 1), value=-1) / (len(self) - 1)
             return torch.stack([level[:-1], level[1:]], dim=-1).float()
         steps, order = len(timesteps), self.config.solver_order
-        guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         history = history_lengths(steps, order) / order
         constants = torch.tensor([1 / steps, guidance / 10]).expand(steps, 2)
         return torch.cat([torch.stack([points.u[:-1], points.u[1:], history], dim=-1), constants], dim=-1).float()
@@ -740,11 +778,35 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
             self._require_baked_guidance(guidance_scale)
             return torch.tensor(self._baked(num_inference_steps)["actions"], dtype=torch.float64)
         inputs = self.policy_inputs(num_inference_steps, guidance_scale, **grid)
+        if self.config.trained_steps is None:
+            self._warn_if_fresh()
         fewest, most = self.config.trained_steps or (1, math.inf)
         if not fewest <= len(inputs) <= most:
+            self._warn_once(
+                f"This solver was trained on {fewest} to {most} steps; at {len(inputs)} it is its base rule "
+                f"{self.config.base_rule}."
+            )
             return torch.zeros(len(inputs), self.num_actions)
         parameter = next(self.policy.parameters())
         return self.policy.deterministic_actions(inputs.to(parameter)).cpu()
+
+    def _warn_if_fresh(self) -> None:
+        last = self.policy.mlp[-1]
+        if self.num_actions and not (last.weight.any() or last.bias.any()):
+            self._warn_once("This solver has a fresh, untrained policy; from_pretrained loads a trained one.")
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warnings:
+            self._warnings.add(message)
+            logger.warning(message)
+
+    @property
+    def known_steps(self) -> list[int]:
+        """The numbers of steps that it has tables for or was trained on, rising; 2 to 16 where neither is known."""
+        if self.config.coefficients:
+            return sorted(map(int, self.config.coefficients))
+        fewest, most = self.config.trained_steps or (2, 16)
+        return list(range(fewest, most + 1))
 
     def extend_trained_steps(self, counts: Iterable[int]) -> None:
         """Notes in the configuration that the policy is being trained on these numbers of steps."""
@@ -756,7 +818,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
     @torch.no_grad()
     def bake(
         self,
-        steps: Iterable[int] = range(2, 17),
+        steps: Iterable[int] | None = None,
         guidance_scale: float | None = None,
         mu: float | None = None,
         sigmas: Callable[[int], list[float]] | None = None,
@@ -764,7 +826,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         """A scheduler whose JSON configuration carries the tables: no weights, no network, `from_config` keeps it.
 
         Args:
-            steps: the numbers of steps it shall know; others raise in `set_timesteps`.
+            steps: the numbers of steps it shall know, by default `known_steps`; others raise in `set_timesteps`.
             guidance_scale (`float`, *optional*): by default the attribute.
             mu, sigmas: the base grid of flow models; `sigmas` is a function of the number of steps (Flux and its kin
                 pass `linspace(1, 1/K, K)`). Where a pipeline later names its own grid (as these do, with the `mu` of
@@ -774,7 +836,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         baked = {}
-        for count in steps:
+        for count in self.known_steps if steps is None else steps:
             grid = {"mu": mu, "sigmas": sigmas(count) if sigmas else None}
             actions = self._actions(count, guidance_scale, **grid)
             table = self.table_from_actions(actions, count, **grid)
@@ -787,8 +849,12 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
     def _baked(self, steps: int) -> dict:
         baked = self.config.coefficients
         if str(steps) not in baked:
-            raise ValueError(f"Baked for {', '.join(baked)} steps, not for {steps}; bake it for {steps} steps too.")
+            known = ", ".join(map(str, self.known_steps))
+            raise ValueError(f"Baked for {known} steps, not for {steps}; bake it for {steps} steps too.")
         return baked[str(steps)]
+
+    def _baked_table(self, steps: int) -> SolverTable:
+        return SolverTable(*(torch.tensor(self._baked(steps)[name]) for name in SolverTable._fields))
 
     def _require_baked_guidance(self, guidance_scale: float | None) -> None:
         baked = self.config.guidance_scale
@@ -798,7 +864,12 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
     # -- a run --------------------------------------------------------------------------------------------------------
 
     def set_table(self, table: SolverTable) -> None:
-        """Pins a table, also one per sample (leading B), for the next runs of as many steps, until `clear_table`."""
+        """Pins a table, also one per sample (leading B), for the next runs of as many steps, until `clear_table`.
+
+        Raises:
+            ValueError: if its shapes contradict each other, or it has more weights a step than `solver_order`.
+        """
+        _check_table(table, self.config.solver_order)
         self._pinned = table
 
     def clear_table(self) -> None:
@@ -837,7 +908,9 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"The pinned table has {self._pinned.timesteps.shape[-1]} steps, the run {steps}.")
             return self._pinned
         if self.policy is None and not any(value is not None for value in grid.values()):
-            return SolverTable(*(torch.tensor(self._baked(steps)[name]) for name in SolverTable._fields))
+            return self._baked_table(steps)
+        if self.policy is not None and self.config.trained_steps:  # `from_config` of a trained solver
+            self._warn_if_fresh()
         return self.coefficients(steps, **grid)
 
     def _reset(self) -> None:
@@ -951,6 +1024,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `scheduler_config.json` and, unless baked, `model.safetensors`; then uploads if asked to.
 
+        An upload, this one or that of `push_to_hub`, also has this file, so that others need no package to load it.
         `kwargs`: `repo_id`, `private`, `token`, ... of `push_to_hub`; `safe_serialization` is always true here.
         """
         kwargs.pop("safe_serialization", None)
@@ -958,7 +1032,12 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         if self.policy is not None:
             state = {key: value.detach().cpu().contiguous() for key, value in self.policy.state_dict().items()}
             save_file(state, os.path.join(save_directory, WEIGHTS_NAME))
-        self.save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.save_config(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
+
+    def _upload_folder(self, working_dir: str | os.PathLike, *args, **kwargs):
+        """What `PushToHubMixin` uploads, and this file beside it."""
+        shutil.copy(__file__, os.path.join(working_dir, SOURCE_NAME))
+        return super()._upload_folder(working_dir, *args, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -971,17 +1050,38 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         """Loads a solver from a folder or the Hub.
 
         Raises:
-            OSError: if there is no configuration, or no weights for one that is not baked; an untrained solver is
-                never returned instead.
+            OSError: if there is no configuration, or no readable weights for one that is not baked; an untrained
+                solver is never returned instead.
+            ValueError: if the configuration makes no sense, or the weights do not fit it.
         """
         hub = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
-        scheduler, unused = super().from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=True, **kwargs
-        )
+        path = str(pretrained_model_name_or_path)
+        try:
+            scheduler, unused = super().from_pretrained(path, subfolder=subfolder, return_unused_kwargs=True, **kwargs)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            where = os.path.join(path, subfolder or "")
+            raise ValueError(f"The configuration of the solver in {where} is of no use: {error}") from error
         if scheduler.policy is not None:
-            state = load_file(_weights_file(str(pretrained_model_name_or_path), subfolder, hub))
-            scheduler.policy.load_state_dict(state)
+            file = _weights_file(path, subfolder, hub)
+            try:
+                state = load_file(file)
+            except SafetensorError as error:
+                raise OSError(f"{file} is not a readable safetensors file: {error}.") from error
+            scheduler._load_weights(state, file)
         return (scheduler, unused) if return_unused_kwargs else scheduler
+
+    def _load_weights(self, state: dict[str, Tensor], file: str | os.PathLike) -> None:
+        expected, found = ({k: tuple(v.shape) for k, v in x.items()} for x in (self.policy.state_dict(), state))
+        if found != expected:
+            names = ("solver_order", "learn_weights", "learn_grid", "head", "num_bins", "hidden_dim", "inputs")
+            settings = ", ".join(f"{name}={self.config[name]!r}" for name in names)
+            wrong = "; ".join(
+                f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+                for name in sorted(expected.keys() | found.keys())
+                if found.get(name) != expected.get(name)
+            )
+            raise ValueError(f"{file} does not fit the configuration ({settings}): {wrong}.")
+        self.policy.load_state_dict(state)
 
 
 def _noise_schedule(scheduler: SchedulerMixin) -> dict:
@@ -1048,12 +1148,21 @@ def convert_public_checkpoint(path: str | os.PathLike, **overrides) -> Consisten
         overrides: any argument of `ConsistencySolverScheduler`.
 
     Raises:
-        ValueError: if a key is missing or of an unexpected name.
+        OSError: if there is no such file.
+        ValueError: if it is none that torch reads, if a key is missing or of an unexpected name, or if a shape does
+            not fit.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    expected = {"action_values", *(f"mlp.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias"))}
-    if set(state) != expected:
-        raise ValueError(f"{path} has the keys {sorted(state)}, a public checkpoint has {sorted(expected)}.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{path} is no checkpoint that torch can read ({type(error).__name__}).") from error
+    expected = {f"mlp.{layer}.{kind}": ndim for layer in (0, 2, 4) for kind, ndim in (("weight", 2), ("bias", 1))}
+    expected["action_values"] = 2
+    found = {key: getattr(value, "ndim", None) for key, value in state.items()} if isinstance(state, dict) else None
+    if found != expected:
+        raise ValueError(f"{path} has {found}, a public checkpoint has {expected} (names, and their dimensions).")
     dims, bins = state["action_values"].shape
     settings = {
         "beta_start": 0.00085,
@@ -1072,5 +1181,5 @@ def convert_public_checkpoint(path: str | os.PathLike, **overrides) -> Consisten
         "guidance_scale": 3.0,
     }
     scheduler = ConsistencySolverScheduler(**{**settings, **overrides})
-    scheduler.policy.load_state_dict({key: value.float() for key, value in state.items()})
+    scheduler._load_weights({key: value.float() for key, value in state.items()}, path)
     return scheduler

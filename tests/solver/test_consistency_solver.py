@@ -1,6 +1,8 @@
 """The learned solver as a scheduler: its exact limits, its table, its policy, its errors."""
 
+import copy
 import inspect
+import math
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.utils import logging
 
 from solver import ConsistencySolverScheduler, SolverTable
 from solver.scheduling_consistency_solver import BASE_RULES, Grid, dpm2m, live_weights
@@ -373,6 +376,26 @@ def test_pinned_table_stays_until_cleared():
     assert_same_table(ours.table, ours.coefficients(4))
 
 
+def test_pinned_table_must_fit_the_solver():
+    table = solver(order=4).table_from_actions(torch.zeros(5, 4), 5)
+    narrow = solver(order=2)
+    with pytest.raises(ValueError, match="4 weights a step, but solver_order is 2"):
+        narrow.set_table(table)
+    narrow.set_table(table._replace(weights=table.weights[:, :1]))  # uses less history than it could
+    per_sample = SolverTable(*(part.expand(3, *part.shape) for part in table))
+    for wrong in (
+        table._replace(sigmas=table.sigmas[:-1]),
+        table._replace(timesteps=table.timesteps[1:]),
+        table._replace(weights=table.weights[:3]),
+        table._replace(weights=table.weights[:, 0]),
+        per_sample._replace(weights=table.weights),
+        per_sample._replace(sigmas=per_sample.sigmas[:2]),
+    ):
+        with pytest.raises(ValueError) as error:
+            solver().set_table(wrong)
+        assert all(str(tuple(part.shape)) in str(error.value) for part in wrong)
+
+
 def test_gradients_reach_every_live_action_and_no_dead_one():
     for stock in (ddim(), SCHEDULERS["sd to zero"], SCHEDULERS["flow"]):
         ours = solver(stock)
@@ -401,6 +424,58 @@ def test_outside_of_the_trained_steps_it_is_the_base_rule():
         assert not ours.coefficients(steps).weights.equal(solver().coefficients(steps).weights)
     ours.extend_trained_steps(iter([10]))
     assert ours.config.trained_steps == [4, 10]
+
+
+@pytest.fixture
+def warned(caplog):
+    """What diffusers' logger has said, which is not passed on to others by itself."""
+    logging.enable_propagation()
+    yield lambda: [record.getMessage() for record in caplog.records]
+    logging.disable_propagation()
+
+
+def test_steps_that_it_was_not_trained_on_are_said_once_each(warned):
+    ours = trained(solver(trained_steps=[3, 8]))
+    for steps in (3, 8, 15, 15, 2, 15):
+        ours.set_timesteps(steps)
+    copy.copy(ours).coefficients(15)  # as cascades ask for it
+    assert warned() == [
+        f"This solver was trained on 3 to 8 steps; at {steps} it is its base rule dpm2m." for steps in (15, 2)
+    ]
+    trained(solver(trained_steps=[3, 8])).set_timesteps(15)
+    assert len(warned()) == 3
+    logging.set_verbosity_error()  # a user's wish
+    trained(solver(trained_steps=[3, 8])).set_timesteps(15)
+    logging.set_verbosity_warning()
+    assert len(warned()) == 3
+
+
+@pytest.mark.parametrize("trained_steps", [None, [3, 8]])
+def test_a_fresh_policy_is_said_once(trained_steps, warned):
+    """Also that of `from_config`, which keeps the number of steps that another policy was trained on."""
+    ours = ConsistencySolverScheduler.from_config(trained(solver(trained_steps=trained_steps)).config)
+    for steps in (4, 5):
+        ours.set_timesteps(steps)
+    (message,) = warned()
+    assert "untrained" in message and "from_pretrained" in message
+
+
+def test_nothing_is_said_of_trained_solvers_pinned_tables_and_classical_rules(warned):
+    trained(solver()).set_timesteps(5)  # trained, but nobody wrote down on what
+    solver(order=1, learn_grid=False).set_timesteps(5)  # there is nothing to learn
+    for trained_steps in (None, [3, 8]):
+        pinned = solver(trained_steps=trained_steps)
+        pinned.set_table(pinned.table_from_actions(torch.zeros(12, 4), 12))
+        pinned.set_timesteps(12)
+    solver(trained_steps=[3, 8]).coefficients(5)  # a training's own question
+    assert warned() == []
+
+
+def test_known_steps():
+    assert solver().known_steps == list(range(2, 17))
+    assert solver(trained_steps=[3, 8]).known_steps == [3, 4, 5, 6, 7, 8]
+    assert solver(trained_steps=[3, 8]).bake(steps=(10, 9)).known_steps == [9, 10]
+    assert solver(solver(trained_steps=[3, 8])).config.trained_steps is None  # another policy, a fresh one
 
 
 def test_action_mask():
@@ -466,6 +541,24 @@ def test_fresh_policies_are_the_same_and_leave_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state)
     for a, b in zip(one.policy.parameters(), other.policy.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("guidance", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("inputs", ["noise_levels", "published"])
+def test_guidance_scale_must_be_finite(guidance, inputs):
+    ours = trained(solver(inputs=inputs))
+    calls = (
+        lambda: setattr(ours, "guidance_scale", guidance),
+        lambda: ours.coefficients(5, guidance),
+        lambda: ours.policy_inputs(5, guidance),
+        lambda: ours.bake(steps=(5,), guidance_scale=guidance),
+        lambda: ours.bake(steps=(5,)).coefficients(5, guidance),
+        lambda: solver(guidance_scale=guidance),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=f"{guidance}"):
+            call()
+    assert ours.guidance_scale == 1.0
 
 
 def test_guidance_scale_reaches_the_table():

@@ -5,12 +5,15 @@ import copy
 import inspect
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, configuration_utils
+from diffusers.utils import hub_utils
 
 from solver import ConsistencySolverScheduler, convert_public_checkpoint
+from solver.scheduling_consistency_solver import SOURCE_NAME
 
 
 def ddim():
@@ -71,6 +74,79 @@ def test_missing_files_are_an_error_never_an_untrained_solver(tmp_path):
         ConsistencySolverScheduler.from_config(FlowMatchEulerDiscreteScheduler().config)
 
 
+def rewrite_config(folder, **changes):
+    config = json.loads((folder / "scheduler_config.json").read_text())
+    (folder / "scheduler_config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"solver_order": 3}, {"solver_order": 6}, {"hidden_dim": 128}, {"head": "categorical"}, {"learn_grid": False}],
+)
+def test_weights_that_do_not_fit_the_configuration(changes, tmp_path):
+    trained(order=4).save_pretrained(tmp_path)
+    rewrite_config(tmp_path, **changes)
+    ((name, value),) = changes.items()
+    with pytest.raises(
+        ValueError, match=rf"model\.safetensors does not fit .*{name}={value!r}.*: .*mlp\.4\.weight is"
+    ):
+        ConsistencySolverScheduler.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "garbage", "truncated"])
+def test_damaged_weights_name_their_file(damage, tmp_path):
+    trained().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes({"empty": b"", "garbage": b"garbage " * 99, "truncated": file.read_bytes()[:-9]}[damage])
+    with pytest.raises(OSError, match=r"model\.safetensors is not a readable"):
+        ConsistencySolverScheduler.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"solver_order": 6}, r"baked for 4 steps has weights \(4, 4\), expected \(4, 6\)"),
+        ({"solver_order": 3}, "4 weights a step, but solver_order is 3"),
+        ({"solver_order": "four"}, "'str'"),
+        ({"coefficients": {"4": {"weights": [[1.0]]}}}, "timesteps"),
+        (
+            {"coefficients": {"2": {"timesteps": [1, 0], "sigmas": [1, 0], "weights": [[1]] * 2}}},
+            r"got \(2,\), \(2,\)",
+        ),
+    ],
+)
+def test_configuration_of_no_use_names_its_folder(changes, word, tmp_path):
+    trained().bake(steps=(4,)).save_pretrained(tmp_path / "solver")
+    rewrite_config(tmp_path / "solver", **changes)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'solver'}.*{word}"):
+        ConsistencySolverScheduler.from_pretrained(tmp_path / "solver")
+
+
+@pytest.mark.parametrize("baked", [False, True])
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_upload_has_the_file_of_the_class(way, baked, tmp_path, monkeypatch):
+    """The calls that reach the Hub are replaced: what would be uploaded has the source of the class."""
+    uploaded = {}
+
+    def upload_folder(repo_id, folder_path, **kwargs):
+        uploaded.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
+
+    card = type("Card", (), {"save": lambda self, path: Path(path).write_text("")})()
+    for module in (hub_utils, configuration_utils):
+        monkeypatch.setattr(module, "create_repo", lambda repo_id, **kwargs: type("Url", (), {"repo_id": repo_id}))
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *args, **kwargs: card)
+    monkeypatch.setattr(hub_utils, "populate_model_card", lambda card: card)
+    monkeypatch.setattr(hub_utils, "upload_folder", upload_folder)
+    scheduler = trained().bake(steps=(5,)) if baked else trained()
+    if way == "push_to_hub":
+        scheduler.push_to_hub("someone/solver")
+    else:
+        scheduler.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="someone/solver")
+    weights = set() if baked else {"model.safetensors"}
+    assert set(uploaded) - {"README.md"} == {"scheduler_config.json", SOURCE_NAME} | weights
+    assert uploaded[SOURCE_NAME].decode() == inspect.getsource(sys.modules[ConsistencySolverScheduler.__module__])
+
+
 def test_from_config_is_fresh_and_deepcopy_is_not():
     scheduler = trained()
     fresh = ConsistencySolverScheduler.from_config(scheduler.config)
@@ -105,6 +181,15 @@ def test_baked_solver_refuses_what_it_does_not_know():
         baked.coefficients(4, guidance_scale=7)
     with pytest.raises(ValueError, match="at least one"):
         trained().bake(steps=())
+    with pytest.raises(ValueError, match="Baked for 9, 10 steps"):
+        trained().bake(steps=(10, 9)).set_timesteps(6)
+
+
+def test_bakes_what_it_was_trained_on_unless_told_otherwise():
+    scheduler = trained(trained_steps=[3, 5])
+    assert set(scheduler.bake().config.coefficients) == {"3", "4", "5"}
+    assert set(scheduler.bake(steps=(2, 5)).config.coefficients) == {"2", "5"}
+    assert set(trained().bake().config.coefficients) == {str(count) for count in range(2, 17)}
 
 
 def test_baked_flow_follows_the_grid_of_the_pipeline():
@@ -184,3 +269,21 @@ def test_foreign_checkpoint_is_refused(tmp_path):
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match=r"conv\.weight"):
         convert_public_checkpoint(tmp_path / "model.ckpt")
+    torch.save(public_state_dict() | {"action_values": 3}, tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match="action_values': None"):
+        convert_public_checkpoint(tmp_path / "model.ckpt")
+    torch.save(public_state_dict(), tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match=r"model\.ckpt does not fit .*solver_order=2"):
+        convert_public_checkpoint(tmp_path / "model.ckpt", solver_order=2)
+
+
+@pytest.mark.parametrize("damage", ["empty", "garbage", "truncated", "text", "tensor"])
+def test_damaged_checkpoint_names_its_file(damage, tmp_path):
+    file = tmp_path / "model.ckpt"
+    torch.save(torch.zeros(3) if damage == "tensor" else public_state_dict(), file)
+    new = {"empty": b"", "garbage": bytes(range(256)) * 9, "truncated": file.read_bytes()[:-99], "text": b"<html>"}
+    file.write_bytes(new.get(damage, file.read_bytes()))
+    with pytest.raises(ValueError, match=r"model\.ckpt"):
+        convert_public_checkpoint(file)
+    with pytest.raises(OSError, match=r"none\.ckpt"):
+        convert_public_checkpoint(tmp_path / "none.ckpt")
