@@ -7,14 +7,16 @@
 
 | to       | what is in the folder                                | what it needs to load                            |
 |----------|------------------------------------------------------|--------------------------------------------------|
-| solver   | config, weights: every step count and guidance scale | this package, or the `.py` file beside it        |
+| solver   | config and weights, for any guidance scale           | this package, or the `.py` file beside it        |
 | table    | config with the numbers of one guidance scale        | the `.py` file beside it: torch, diffusers       |
 | pipeline | the model with such a table as its scheduler         | diffusers with `trust_remote_code=True`          |
 
-Each has a model card that says how to load it, with the evaluation table if `--metrics` names a metrics.json.
+A table has the numbers of steps that the solver was trained on, unless `--steps` names others. Each has a model card
+that says how to load it, with the evaluation table if `--metrics` names a metrics.json.
 """
 
 import argparse
+import copy
 import json
 import shutil
 import sys
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 KINDS = ("solver", "table", "pipeline")
 CLASS_NAME = "ConsistencySolverScheduler"
 MODULE = "solver.scheduling_consistency_solver"  # what model_index.json records; it never moves
-BAKED_STEPS = range(2, 17)
 
 CARD = """\
 ---
@@ -40,7 +41,7 @@ tags: [diffusers, scheduler, consistency-solver, proofsheet]
 # ConsistencySolver{for_model}
 
 A linear multistep solver of order {order} whose weights{and_grid} were learned, so that few steps give the picture \
-that many steps give: same prompt, same seed, same picture. It stands on the rule `{rule}`. {what}
+that many steps give: same prompt, same seed, same picture. It stands on the rule `{rule}`. {trained} {what}
 
 ```python
 {usage}
@@ -56,10 +57,13 @@ Made with Proofsheet, after "Image Diffusion Preview with Consistency Solver", \
 [arXiv 2512.13592](https://huggingface.co/papers/2512.13592).
 """
 WHAT = {
-    "solver": "It knows every number of steps and every guidance scale; tell it the scale, pipelines do not.",
+    "solver": "Tell it the guidance scale, pipelines do not; how good it is at one that it was not trained on, only "
+    "pictures tell.",
+    "published": "It does not look at the guidance scale.",
     "table": "The numbers for guidance {guidance:g} and {counts} steps are in `scheduler_config.json`; "
-    "there are no weights.",
-    "pipeline": "It is the scheduler of this pipeline, for guidance {guidance:g} and {counts} steps.",
+    "there are no weights. Any other number of steps is an error, another guidance goes unnoticed.",
+    "pipeline": "It is the scheduler of this pipeline, for guidance {guidance:g} and {counts} steps. Any other number "
+    "of steps is an error, another guidance goes unnoticed.",
 }
 LOAD_CLASS = """\
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
@@ -98,23 +102,26 @@ def export(
         kind: one of `KINDS`.
         output: must not exist, or be empty.
         model: hub id or local folder of the pipeline; needed for a pipeline, named on the card of the others.
-        guidance_scale: to bake for; the solver's own by default.
-        steps: to bake for; 2 to 16 by default.
+        guidance_scale: to bake for, or that the exported solver begins with; the solver's own by default.
+        steps: to bake for; by default the `known_steps` of the solver, so those it was trained on.
         mu: to bake a flow model with dynamic shifting for; by default that of its largest image.
         metrics: content of metrics.json, for the card.
 
     Raises:
-        ValueError: the folder is not empty, a pipeline without a model or of another noise schedule, or a baked solver
-            that is to get back its weights or another guidance scale.
+        ValueError: the folder is not empty, a pipeline without a model or of another noise schedule, a guidance scale
+            that is not finite, or a baked solver that is to get back its weights or another guidance scale.
         OSError: there is no such model, or the folder cannot be written.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not empty; choose a new folder.")
+    guidance = solver.guidance_scale if guidance_scale is None else guidance_scale
     if kind == "solver":
         if solver.policy is None:
             raise ValueError("A baked table has no weights, so it cannot become a solver; export it as a table.")
-        exported = solver
+        exported = copy.deepcopy(solver)
+        exported.guidance_scale = guidance
+        exported.register_to_config(guidance_scale=guidance)
     else:
         exported = _bake(solver, guidance_scale, steps, mu)
     if kind == "pipeline":
@@ -122,14 +129,11 @@ def export(
     else:
         exported.save_pretrained(output)
         shutil.copy(_source_file(), output / _source_file().name)
-    guidance = solver.guidance_scale if guidance_scale is None else guidance_scale
-    (output / "README.md").write_text(model_card(exported, kind, output.name, model, guidance, metrics))
+    (output / "README.md").write_text(model_card(exported, kind, output.name, model, metrics))
     return output
 
 
 def _bake(solver, guidance_scale, steps, mu):
-    baked = solver.config.coefficients
-    steps = steps or ([int(count) for count in baked] if baked else BAKED_STEPS)
     if not solver.config.use_dynamic_shifting:
         return solver.bake(steps, guidance_scale, mu)
     # Pipelines of these models name their own grid, and the baked residuals are applied to that.
@@ -166,11 +170,12 @@ def _source_file() -> Path:
     return Path(__file__).with_name("scheduling_consistency_solver.py")
 
 
-def model_card(solver, kind: str, folder: str, model: str | None, guidance: float, metrics: dict | None) -> str:
+def model_card(solver, kind: str, folder: str, model: str | None, metrics: dict | None) -> str:
     """README.md of an export: what it is, how to load it, its coefficients, how good it is."""
-    counts = [int(count) for count in solver.config.coefficients or BAKED_STEPS]
+    published = kind == "solver" and solver.config.inputs == "published"
+    counts, guidance = solver.known_steps, solver.guidance_scale
     facts = {"folder": folder, "guidance": guidance, "steps": 5 if 5 in counts else counts[0]}
-    facts["counts"] = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
+    facts["counts"] = _span(counts)
     on_hub = model and not Path(model).exists()
     return CARD.format(
         base_model=f"base_model: {model}\n" if on_hub else "",
@@ -178,12 +183,28 @@ def model_card(solver, kind: str, folder: str, model: str | None, guidance: floa
         order=solver.config.solver_order,
         and_grid=" and time grid" if solver.config.learn_grid else "",
         rule=solver.config.base_rule,
-        what=WHAT[kind].format(**facts),
+        trained=_trained(solver),
+        what=WHAT["published" if published else kind].format(**facts),
         usage=USAGE[kind].format(**facts),
         coefficients=_coefficients(solver, facts["steps"], guidance),
         evaluation=_evaluation(metrics) if metrics else "",
         **facts,
     )
+
+
+def _span(counts: Sequence[int]) -> str:
+    gapless = 1 < len(counts) == counts[-1] - counts[0] + 1
+    return f"{counts[0]} to {counts[-1]}" if gapless else ", ".join(map(str, counts))
+
+
+def _trained(solver) -> str:
+    if solver.config.trained_steps is None:
+        return "Which numbers of steps it was trained on is not recorded."
+    fewest, most = solver.config.trained_steps
+    trained = range(fewest, most + 1)
+    others = solver.policy is not None or not set(solver.known_steps) <= set(trained)
+    outside = "; at any other number it is that rule, on its own grid" if others else ""
+    return f"It was trained on {_span(trained)} steps{outside}."
 
 
 def _coefficients(solver, steps: int, guidance: float) -> str:
@@ -240,6 +261,18 @@ def _evaluation_line(row: dict, names: Sequence[str]) -> str:
     return "| " + " | ".join([f"{row['guidance_scale']:g}", str(row["steps"]), row["solver"], *texts]) + " |"
 
 
+def read_metrics(path: Path) -> dict:
+    """metrics.json of evaluate.py. Raises OSError or ValueError, naming the file, if it is none."""
+    try:
+        metrics = json.loads(path.read_text())
+        _evaluation(metrics)
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}. Give the metrics.json of evaluate.py.") from error
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+        raise ValueError(f"{path} is no metrics.json of evaluate.py: {type(error).__name__}, {error}.") from error
+    return metrics
+
+
 def load_solver(source: str | None, public: str | None) -> "ConsistencySolverScheduler":
     """A solver from its folder or hub id, or from the public checkpoint.
 
@@ -265,8 +298,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", choices=KINDS, required=True)
     parser.add_argument("--from-public", metavar="CKPT", help="the public model.ckpt, in place of a source")
     parser.add_argument("--model", help="pipeline that the solver was trained on: hub id or local folder")
-    parser.add_argument("--guidance_scale", type=float, help="to bake for; the solver's own by default")
-    parser.add_argument("--steps", type=int, nargs="+", help="to bake for; 2 to 16 by default")
+    parser.add_argument("--guidance_scale", type=float, help="to bake for, or begin with; the solver's own by default")
+    parser.add_argument("--steps", type=int, nargs="+", help="to bake for; those it was trained on by default")
     parser.add_argument("--mu", type=float, help="shift to bake for, of flow models with dynamic shifting")
     parser.add_argument("--metrics", type=Path, help="metrics.json of evaluate.py, for the model card")
     return parser
@@ -275,7 +308,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(args: list[str] | None = None) -> Path:
     given = make_parser().parse_intermixed_args(args)
     solver = load_solver(given.source, given.from_public)
-    metrics = json.loads(given.metrics.read_text()) if given.metrics else None
+    metrics = read_metrics(given.metrics) if given.metrics else None
     output = export(solver, given.to, given.output, given.model, given.guidance_scale, given.steps, given.mu, metrics)
     print(f"{output}: {given.to}; its README.md says how to load it.")
     return output

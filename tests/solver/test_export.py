@@ -116,6 +116,46 @@ def test_solver_round_trip_keeps_every_guidance_scale(folder, tmp_path):
             assert torch.equal(a, b)
 
 
+def test_solver_begins_with_the_guidance_scale_that_was_asked_for(folder, tmp_path):
+    solver = ConsistencySolverScheduler.from_pretrained(folder / "solver")
+    export(solver, "solver", tmp_path / "out", guidance_scale=7.5)
+    assert ConsistencySolverScheduler.from_pretrained(tmp_path / "out").guidance_scale == 7.5
+    assert "guidance_scale = 7.5\n" in (tmp_path / "out" / "README.md").read_text()
+    assert solver.guidance_scale == solver.config.guidance_scale == 3.0  # the caller's own
+    for kind in ("solver", "table"):
+        with pytest.raises(ValueError, match="guidance_scale=nan"):
+            main([str(folder / "solver"), "--to", kind, str(tmp_path / kind), "--guidance_scale", "nan"])
+        assert not (tmp_path / kind).exists()
+
+
+def said_by_card(path):
+    return " ".join((path / "README.md").read_text().split())
+
+
+def test_card_says_what_it_was_trained_on(folder, tmp_path):
+    solver = trained(DDIMScheduler(clip_sample=False), trained_steps=[3, 8])
+    card = said_by_card(export(solver, "solver", tmp_path / "solver"))
+    assert "trained on 3 to 8 steps; at any other number it is that rule" in card and "every" not in card
+    # Within what it was trained on there is no other number of steps in a table ...
+    card = said_by_card(export(solver, "table", tmp_path / "table"))
+    assert "trained on 3 to 8 steps. The numbers for guidance 3 and 3 to 8 steps are" in card
+    config = json.loads((tmp_path / "table" / "scheduler_config.json").read_text())
+    assert set(config["coefficients"]) == set("345678")
+    # ... unless it was asked for; and a table without a gap is not the same as one with gaps.
+    card = said_by_card(export(solver, "table", tmp_path / "wide", steps=[5, 12]))
+    assert "that rule" in card and "guidance 3 and 5, 12 steps" in card
+    unknown = ConsistencySolverScheduler.from_pretrained(folder / "solver")
+    assert "not recorded" in said_by_card(export(unknown, "solver", tmp_path / "unknown"))
+    published = trained(DDIMScheduler(clip_sample=False), inputs="published", learn_grid=False)
+    assert "does not look at the guidance" in said_by_card(export(published, "solver", tmp_path / "published"))
+
+
+def test_card_of_a_table_that_is_exported_again_counts_upwards(folder, tmp_path):
+    main([str(folder / "solver"), "--to", "table", str(tmp_path / "one"), "--steps", "9", "10", "11"])
+    main([str(tmp_path / "one"), "--to", "table", str(tmp_path / "other")])  # its keys are sorted as text
+    assert "9 to 11 steps" in said_by_card(tmp_path / "other")
+
+
 def test_table_has_the_numbers_that_were_asked_for(folder, tmp_path):
     args = ["--to", "table", "--steps", "4", "6", "--guidance_scale", "5"]
     main([str(folder / "solver"), str(tmp_path / "out"), *args])
@@ -167,6 +207,16 @@ def test_card_has_the_evaluation_table(folder, tmp_path):
     )
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| 3 | 5 | learned | 33 ± 0.5 |" in card and "| 3 | 5 | dpm2m | 30 ± 0.5 |" in card and "ddim" not in card
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"rows": []}', '{"rows": [{"solver": "learned"}]}'])
+def test_metrics_that_are_none(content, folder, tmp_path):
+    path, out = tmp_path / "metrics.json", tmp_path / "out"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(OSError if content is None else ValueError, match=r"metrics\.json .* evaluate\.py"):
+        main([str(folder / "solver"), "--to", "solver", str(out), "--metrics", str(path)])
+    assert not out.exists()
 
 
 def test_errors_name_what_is_wrong(folder, tmp_path):
