@@ -11,16 +11,22 @@ held-out reward; final, that of the last update; contact_sheets; trainer_state.j
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.command_line import errors_as_sentences
+from data.command_line import answer_help, errors_as_sentences
+from solver.ppo_knobs import PPOKnobs
 from solver.run_config import SolverRunConfig
 
 if TYPE_CHECKING:
     from solver.trainer import ConsistencySolverTrainer
 
+OTHERS = """
+and everything in transformers.TrainingArguments, among it:
+  --output_dir, --seed, --eval_strategy, --eval_steps, --save_strategy, --save_total_limit, --report_to, --use_cpu,
+  --resume_from_checkpoint (a folder, or "last")"""
 RESULTS = ("best", "final")  # folders of solvers in output_dir
 
 
 def main(arguments: list[str] | None = None) -> None:
+    answer_help(arguments, __doc__, SolverRunConfig, PPOKnobs, more=OTHERS)
     with errors_as_sentences("train.py"):
         trainer, checkpoint = prepare(arguments)
     try:  # what goes wrong from here on is worth a traceback

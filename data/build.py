@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.build_config import BuildConfig
-from data.command_line import errors_as_sentences
+from data.command_line import answer_help, errors_as_sentences
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -256,6 +256,7 @@ def _progress_bar(
 
 
 def main(args: list[str] | None = None) -> Report:
+    answer_help(args, __doc__, BuildConfig)
     from trl import TrlParser
 
     (config,) = TrlParser((BuildConfig,)).parse_args_and_config(args)

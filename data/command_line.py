@@ -2,10 +2,33 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def answer_help(args: Sequence[str] | None, text: str, *configs: type, more: str = "") -> None:
+    """Prints what --help shows, and ends the process, where it is asked for: before seconds of imports.
+
+    Args:
+        args: of the command line; None stands for those of the process.
+        text: what the command does.
+        configs: dataclasses whose fields are its options.
+        more: what else there is to set.
+    """
+    if not {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
+        return
+    print(text.strip())
+    print("\noptions, in the YAML file of --config or on the command line:")
+    for knob in (knob for config in configs for knob in fields(config)):
+        default = knob.default_factory() if knob.default_factory is not MISSING else knob.default
+        note = "required" if default is MISSING else f"default {default}"
+        print(f"  --{knob.name:<24} {knob.metadata['help']} ({note})")
+    if more:
+        print(more)
+    sys.exit(0)
 
 
 @contextmanager

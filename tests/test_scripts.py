@@ -20,7 +20,15 @@ sys.path.append(str(Path(__file__).parent / "data"))
 from tiny_teacher import make_tiny_sd
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [["evaluate.py"], ["sample.py"], ["sample.py", "solver"], ["sample.py", "refine"], ["sample.py", "preview"]]
+SCRIPTS = [
+    ["train.py"],
+    ["-m", "data.build"],
+    ["evaluate.py"],
+    ["sample.py"],
+    ["sample.py", "solver"],
+    ["sample.py", "refine"],
+    ["sample.py", "preview"],
+]
 HEAVY = {"torch", "transformers", "diffusers", "trl", "matplotlib"}
 
 
@@ -61,7 +69,7 @@ def test_help_answers_at_once(script):
 
 
 def test_root_scripts_are_short():
-    for name in ("evaluate.py", "sample.py"):
+    for name in ("train.py", "evaluate.py", "sample.py"):
         assert len((ROOT / name).read_text().splitlines()) < 80
 
 
