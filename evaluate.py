@@ -14,6 +14,7 @@ import logging
 import sys
 from dataclasses import MISSING, fields
 
+from data.command_line import errors_as_sentences
 from evaluation.config import EvaluationConfig
 
 
@@ -35,7 +36,7 @@ def main(args: list[str] | None = None) -> dict:
 
     from evaluation.run import evaluate
 
-    (config,) = TrlParser((EvaluationConfig,)).parse_args_and_config(args)
+    (config,) = TrlParser((EvaluationConfig,), allow_abbrev=False).parse_args_and_config(args)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("evaluation").setLevel(logging.INFO)
     metrics = evaluate(config)
@@ -44,7 +45,5 @@ def main(args: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_as_sentences("evaluate.py"):
         main()
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"evaluate.py: {' '.join(str(error).split())}")

@@ -10,9 +10,10 @@
 """
 
 import argparse
-import sys
 from importlib import import_module
 from pathlib import Path
+
+from data.command_line import errors_as_sentences
 
 # command -> module with add_arguments(parser) and run(given), see evaluation/commands/__init__.py
 COMMANDS = {
@@ -21,11 +22,12 @@ COMMANDS = {
     "refine": "evaluation.commands.refine",
     "ralu": "evaluation.commands.ralu",
     "hiflow": "evaluation.commands.hiflow",
+    "remake": "evaluation.commands.remake",
 }
 
 
 def main(args: list[str] | None = None) -> Path:
-    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **raw)
     commands = parser.add_subparsers(dest="command", required=True)
     modules = {name: import_module(module) for name, module in COMMANDS.items()}
@@ -39,7 +41,5 @@ def main(args: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_as_sentences("sample.py"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {' '.join(str(error).split())}")

@@ -1,22 +1,57 @@
 """The config of `evaluate.py`, on one screen."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
 from data.build_config import PUBLISHED_SCHEDULER, PUBLISHED_SCHEDULER_KWARGS
+from data.command_line import DTYPES, check_dtype, check_whole
 
-DTYPES = ("float32", "bfloat16", "float16")
 KEPT_IMAGES = 8  # of a cell, for the contact sheet
+MOST_STEPS = 999  # noise schedules have 1000 timesteps; with as many steps as that some solvers divide by zero
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
 
 
-def read_mapping(given: Mapping | str, name: str) -> dict:
-    """An entry of a list of mappings, from the YAML file or as JSON from the command line."""
+def read_mapping(given: object, name: str) -> dict:
+    """A mapping of the YAML file, or of JSON from the command line. Raises ValueError for anything else."""
     try:
-        return json.loads(given) if isinstance(given, str) else dict(given)
-    except (ValueError, TypeError) as error:
+        mapping = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
         raise ValueError(f"{name}: {given!r} is no mapping: {error}.") from error
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"{name}: {given!r} is no mapping.")
+    return dict(mapping)
+
+
+def is_step_count(count: object) -> bool:
+    """Whether a run can have so many steps."""
+    return isinstance(count, int) and not isinstance(count, bool) and 1 <= count <= MOST_STEPS
+
+
+def check_step_list(name: str, steps: object) -> tuple[int, ...]:
+    """Some numbers of steps as a tuple. Raises ValueError for anything but a list of them."""
+    if not isinstance(steps, list | tuple) or not steps or not all(map(is_step_count, steps)):
+        raise ValueError(f"{name}={steps!r}: expected whole numbers from 1 to {MOST_STEPS}, in a list.")
+    return tuple(steps)
+
+
+def check_guidance(name: str, scale: object) -> float:
+    """A guidance scale. Raises ValueError for anything but a finite number that is not negative."""
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale < math.inf:
+        raise ValueError(f"{name}={scale!r}: expected a number of at least 0.")
+    return float(scale)
+
+
+def _fits(value: object, hint: type) -> bool:
+    """Whether a value, as YAML gives it, is one of a field's type."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
 
 
 @dataclass(frozen=True)
@@ -53,20 +88,26 @@ class Columns:
             raise ValueError(
                 f"columns {given}: expected the keys guidance_scale, steps, num_prompts and any of {names[3:]}."
             )
-        listed = {name: tuple(given[name]) for name in ("steps", "only") if given.get(name) is not None}
-        return cls(**{**given, **listed, "guidance_scale": float(given["guidance_scale"])})
+        only = given.get("only")
+        if only is not None:
+            if not isinstance(only, list) or not only or not all(isinstance(name, str) for name in only):
+                raise ValueError(f"columns: only={only!r}: expected a list of names of rows.")
+            given["only"] = tuple(only)
+        given["steps"] = check_step_list("columns: steps", given["steps"])
+        given["guidance_scale"] = check_guidance("columns: guidance_scale", given["guidance_scale"])
+        return cls(**given)
 
     def __post_init__(self):
-        if not self.steps or not all(isinstance(count, int) and count >= 1 for count in self.steps):
-            raise ValueError(f"columns: steps={list(self.steps)}: expected whole numbers of at least 1.")
-        if self.num_prompts < 2:
-            raise ValueError(
-                f"columns: num_prompts={self.num_prompts}: expected at least 2, an interval needs as many."
-            )
-        if not 0 <= self.ranked <= self.num_prompts:
+        check_whole("columns: num_prompts", self.num_prompts, 2)  # an interval needs as many
+        check_whole("columns: ranked", self.ranked, 0)
+        if self.ranked > self.num_prompts:
             raise ValueError(f"columns: ranked={self.ranked}: expected 0 to num_prompts={self.num_prompts}.")
-        if self.finalists is not None and self.finalists < 1:
-            raise ValueError(f"columns: finalists={self.finalists}: expected at least 1, or none for all.")
+        if self.finalists is not None:
+            check_whole("columns: finalists", self.finalists)
+
+    def measures(self, name: str) -> bool:
+        """Whether a row of this name is measured in them."""
+        return self.only is None or name in self.only
 
 
 @dataclass
@@ -88,7 +129,8 @@ class EvaluationConfig:
         default_factory=list,
         metadata={
             "help": "more rows, mappings in YAML or JSON: name; one of solver, lora, unet, pipeline (path or id) or "
-            "none; scheduler (diffusers class), scheduler_kwargs, steps, guidance_scale"
+            "none; subfolder, weight_name of lora and unet; scheduler (diffusers class), scheduler_kwargs, steps, "
+            "guidance_scale"
         },
     )
     columns: list[str] = field(
@@ -153,15 +195,32 @@ class EvaluationConfig:
     trainer_state: str | None = field(default=None, metadata={"help": "trainer_state.json, for the reward curve"})
 
     def __post_init__(self):
+        self._check_types()
         self.extra = [read_mapping(row, "extra") for row in self.extra]
-        if isinstance(self.scheduler_kwargs, str):
-            self.scheduler_kwargs = json.loads(self.scheduler_kwargs)
         if self.scheduler_kwargs is None:
             self.scheduler_kwargs = PUBLISHED_SCHEDULER_KWARGS if self.scheduler == PUBLISHED_SCHEDULER else {}
+        self.scheduler_kwargs = read_mapping(self.scheduler_kwargs, "scheduler_kwargs")
         models = self.reward_models or [None] * len(self.rewards)
         self.reward_models = [None if model == "null" else model for model in models]  # "null": from the command line
         self.columns = [given if isinstance(given, Columns) else Columns.read(given) for given in self.columns]
-        self._check()
+        self._check_numbers()
+        self._check_columns()
+        self._check_metrics()
+
+    def _check_types(self) -> None:
+        """YAML gives whatever stands there. What `columns` and `extra` hold is read later."""
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is list:
+                (kind,) = get_args(hint)
+                kind = kind | None if name == "reward_models" else kind
+                if not isinstance(value, list):
+                    raise ValueError(f"{name}={value!r}: expected a list.")
+                if name not in ("columns", "extra") and not all(_fits(entry, kind) for entry in value):
+                    raise ValueError(f"{name}={value!r}: expected a list of {KINDS[get_args(hint)[0]]} each.")
+            elif not _fits(value, hint):
+                kinds = [KINDS[kind] for kind in get_args(hint) or [hint] if kind in KINDS]
+                raise ValueError(f"{name}={value!r}: expected {' or '.join(kinds)}.")
 
     @property
     def num_prompts(self) -> int:
@@ -173,21 +232,29 @@ class EvaluationConfig:
         """Those of the columns, each once."""
         return list(dict.fromkeys(columns.guidance_scale for columns in self.columns))
 
-    def _check(self) -> None:
-        for name in ("num_inference_steps", "batch_size", "resamples", "rank_candidates", "sheet_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
-        if self.grid_prompts < 2:
-            raise ValueError(f"grid_prompts={self.grid_prompts}: expected at least 2.")
+    def _check_numbers(self) -> None:
+        if not is_step_count(self.num_inference_steps):
+            raise ValueError(f"num_inference_steps={self.num_inference_steps}: expected 1 to {MOST_STEPS}.")
+        for name in ("batch_size", "resamples", "rank_candidates", "sheet_rows"):
+            check_whole(name, getattr(self, name))
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
+        check_whole("grid_prompts", self.grid_prompts, 2)
         if self.sheet_rows > KEPT_IMAGES:
             raise ValueError(f"sheet_rows={self.sheet_rows}: of every cell {KEPT_IMAGES} pictures are kept.")
+        check_dtype(self.dtype)
+
+    def _check_columns(self) -> None:
         if not self.columns:
             raise ValueError("columns is empty: there is nothing to measure.")
         cells = [(columns.guidance_scale, count) for columns in self.columns for count in columns.steps]
         if repeated := {cell for cell in cells if cells.count(cell) > 1}:
             raise ValueError(f"columns: (guidance_scale, steps) {sorted(repeated)} occur twice.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}.")
+        if any(columns.ranked for columns in self.columns) and not self.scorer:
+            raise ValueError("columns: ranked needs a scorer, the CLIP model that ranks candidates.")
+
+    def _check_metrics(self) -> None:
         if len(self.reward_models) != len(self.rewards):
             raise ValueError(f"reward_models={self.reward_models}: expected one for each of {self.rewards}.")
         wanted = {"main_metric": [self.main_metric], "trained_on": self.trained_on}
@@ -195,8 +262,6 @@ class EvaluationConfig:
         for name, rewards in wanted.items():
             if unknown := set(rewards).difference(self.rewards):
                 raise ValueError(f"{name}={', '.join(unknown)}: expected some of the rewards {self.rewards}.")
-        if any(columns.ranked for columns in self.columns) and not self.scorer:
-            raise ValueError("columns: ranked needs a scorer, the CLIP model that ranks candidates.")
         if self.edit_check and self.caption_check:
             raise ValueError("caption_check and edit_check: an instruction is no caption, so it is one or the other.")
         edits = self.prompts.startswith("edits:")
@@ -204,7 +269,3 @@ class EvaluationConfig:
             raise ValueError(f"caption_check: prompts={self.prompts!r} are instructions, no captions; use edit_check.")
         if self.edit_check and not edits:
             raise ValueError(f"edit_check: prompts={self.prompts!r}: it knows only what edits:SPLIT should lead to.")
-        if self.trainer_state and not Path(self.trainer_state).is_file():
-            raise ValueError(f"trainer_state={self.trainer_state!r}: there is no such file.")
-        if self.reference and not self.reference.startswith("scenes:") and not Path(self.reference).is_dir():
-            raise ValueError(f"reference={self.reference!r}: expected scenes:SPLIT or a folder of images.")

@@ -75,13 +75,14 @@ def load_pipeline(model: str, dtype: str, device: str | None, pipeline: str | No
 
     Raises:
         OSError: there is no such model.
-        ValueError: `pipeline` is no class of diffusers.
+        ValueError: `pipeline` is no class of diffusers, or there is no such device.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        pipe = open_pipeline(model, getattr(torch, dtype), pipeline)
-    except OSError as error:
-        raise OSError(f"model {model!r} is no pipeline folder here, and none on the hub or in its cache.") from error
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r}: expected one that torch finds here, such as cpu.") from error
+    return open_pipeline(model, getattr(torch, dtype), pipeline).to(device)
 
 
 class NotFiniteError(ValueError):

@@ -11,7 +11,9 @@ from PIL.PngImagePlugin import PngInfo
 from data.build_config import PUBLISHED_SCHEDULER, PUBLISHED_SCHEDULER_KWARGS
 from data.noise import initial_noise
 from data.teacher import make_scheduler
-from evaluation.solvers import is_flow, learned
+from evaluation.rendering import NotFiniteError
+from evaluation.solvers import is_flow, load_solver
+from solver import ConsistencySolverScheduler
 from solver.samplers.calls import guidance, text_length
 from solver.samplers.cascade import call_at_size
 from solver.samplers.latents import decode, default_size, latent_shape, pack, unpack
@@ -20,10 +22,22 @@ PREFIX = "proofsheet:"  # of our text chunks in a PNG
 NUMBERS = {"seed": int, "steps": int, "height": int, "width": int, "guidance_scale": float}
 
 
-def solver_scheduler(path: str, own: SchedulerMixin, guidance_scale: float) -> SchedulerMixin:
-    """A learned solver for a pipeline with the scheduler `own`, told the guidance scale. Raises as `learned` does."""
-    (factory,) = learned(path, own).values()
-    return factory(own, 0, guidance_scale)
+def solver_scheduler(path: str, own: SchedulerMixin, guidance_scale: float | None) -> ConsistencySolverScheduler:
+    """A learned solver for a pipeline with the scheduler `own`.
+
+    Args:
+        path: solver folder or hub id.
+        own: the pipeline's scheduler.
+        guidance_scale: which the solver is told; None leaves it its own.
+
+    Raises:
+        OSError: there is no solver, or it has no weights.
+        ValueError: it belongs to another noise schedule, or is baked for another guidance scale.
+    """
+    solver = load_solver(path, own)
+    if guidance_scale is not None:
+        solver.guidance_scale = guidance_scale
+    return solver
 
 
 def full_scheduler(name: str | None, own: SchedulerMixin) -> SchedulerMixin:
@@ -48,7 +62,12 @@ def sample(
     height: int | None = None,
     width: int | None = None,
 ) -> Image.Image:
-    """The picture of a prompt and a seed: that of `evaluate.py` and of the offline dataset."""
+    """The picture of a prompt and a seed: that of `evaluate.py` and of the offline dataset.
+
+    Raises:
+        NotFiniteError: as `to_picture` says.
+        ValueError: the pipeline has no such size, or its scheduler not so many steps.
+    """
     shape = latent_shape(pipe, height, width)
     call = {
         "prompt": [prompt],
@@ -58,7 +77,16 @@ def sample(
         **text_length(pipe),
     }
     latents = pipe(**call_at_size(pipe, call, height or default_size(pipe)[0], width or default_size(pipe)[1]))[0]
-    images_BCHW = decode(pipe, unpack(pipe, latents, shape))
+    return to_picture(pipe, decode(pipe, unpack(pipe, latents, shape)))
+
+
+def to_picture(pipe: DiffusionPipeline, images_BCHW: torch.Tensor) -> Image.Image:
+    """The first of some images in [0, 1]. Raises NotFiniteError where it would be black, or have black spots."""
+    if not images_BCHW[0].isfinite().all():
+        raise NotFiniteError(
+            f"{type(pipe.scheduler).__name__} gives NaN or infinite pixels: take fewer steps, another scheduler, or "
+            "--dtype float32."
+        )
     return pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(images_BCHW))[0]
 
 

@@ -9,7 +9,8 @@ grid: singlestep DPM-Solver-2 spends exactly as many as it is given, Heun one le
 last step is Euler's.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 
 import diffusers
 import torch
@@ -126,8 +127,7 @@ def learned(path: str, own: SchedulerMixin, untrained: bool = False) -> dict[str
         OSError: there is no solver, or it has no weights.
         ValueError: it belongs to another noise schedule than `own`.
     """
-    solver = ConsistencySolverScheduler.from_pretrained(path)
-    solver.check_compatible(own)
+    solver = load_solver(path, own)
     if untrained:
         solver = ConsistencySolverScheduler.from_config(solver.config, coefficients=None)
 
@@ -138,18 +138,46 @@ def learned(path: str, own: SchedulerMixin, untrained: bool = False) -> dict[str
     return {OWN_GRID: make}
 
 
-def by_class_name(name: str | None, settings: dict) -> dict[str, Factory]:
+def load_solver(path: str, own: SchedulerMixin) -> ConsistencySolverScheduler:
+    """A learned solver for pipelines with the noise schedule of `own`. Raises as `learned` does."""
+    solver = ConsistencySolverScheduler.from_pretrained(path)
+    solver.check_compatible(own)
+    return solver
+
+
+def by_class_name(name: str | None, settings: Mapping) -> dict[str, Factory]:
     """The factory of a diffusers class by its name, from the config of the pipeline's own; None is the own one.
 
     Raises:
-        ValueError: there is no such scheduler.
+        ValueError: there is no such scheduler, or it takes no such setting; of the own one its factory says so.
     """
-    if name is None:
-        return {OWN_GRID: lambda own, steps, guidance: type(own).from_config(own.config, **settings)}
-    scheduler_class = getattr(diffusers, name, None)
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
-        raise ValueError(f"scheduler={name!r} is not a scheduler class of diffusers {diffusers.__version__}.")
-    return {OWN_GRID: lambda own, steps, guidance: scheduler_class.from_config(own.config, **settings)}
+    named = None if name is None else getattr(diffusers, name, None)
+    if name is not None:
+        if not (isinstance(named, type) and issubclass(named, SchedulerMixin)):
+            raise ValueError(f"scheduler={name!r} is not a scheduler class of diffusers {diffusers.__version__}.")
+        _check_settings(named, settings)
+
+    def make(own: SchedulerMixin, steps: int, guidance_scale: float) -> SchedulerMixin:
+        _check_settings(named or type(own), settings)
+        return (named or type(own)).from_config(own.config, **settings)
+
+    return {OWN_GRID: make}
+
+
+def _check_settings(scheduler_class: type[SchedulerMixin], settings: Mapping) -> None:
+    """`from_config` ignores what its class does not know."""
+    if unknown := settings.keys() - inspect.signature(scheduler_class.__init__).parameters.keys():
+        raise ValueError(f"scheduler_kwargs: {scheduler_class.__name__} takes no {', '.join(sorted(unknown))}.")
+
+
+def check_run(scheduler: SchedulerMixin, steps: int) -> None:
+    """Raises ValueError where a scheduler has no run of so many steps. A flow model's grid comes with the call."""
+    flow = is_flow(scheduler)
+    baked = scheduler.config.get("coefficients")
+    if flow and baked and str(steps) not in baked:
+        raise ValueError(f"baked for {', '.join(baked)} steps only.")
+    if not flow:
+        scheduler.set_timesteps(steps)
 
 
 def describe(scheduler: SchedulerMixin, steps: int) -> dict:

@@ -10,6 +10,8 @@ also why they are here and not in `solver`, which cannot be imported without tor
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from evaluation.config import MOST_STEPS, check_guidance, is_step_count
+
 KEPT = ("model", "prompt", "seed", "guidance_scale", "height", "width")  # what a PNG remembers of its picture
 
 
@@ -18,7 +20,7 @@ def add_picture_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", help="pipeline: hub id or local folder")
     parser.add_argument("--prompt")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--guidance_scale", type=float, help="default 3")
+    parser.add_argument("--guidance_scale", type=float, help="default 3, with `--solver` that of the solver")
     parser.add_argument("--height", type=int, help="in pixels; the pipeline's own by default")
     parser.add_argument("--width", type=int, help="in pixels; the pipeline's own by default")
     add_output_arguments(parser)
@@ -35,16 +37,17 @@ def picture_facts(given: Namespace, remembered: dict | None = None) -> dict:
     """Which picture is meant: what was given, over what a file remembers.
 
     Raises:
-        ValueError: model, prompt or seed is in neither.
+        ValueError: model, prompt or seed is in neither, or the guidance scale is no finite number.
     """
     facts = (remembered or {}) | {key: getattr(given, key) for key in KEPT if getattr(given, key) is not None}
-    facts.setdefault("guidance_scale", 3.0)
+    check_guidance("--guidance_scale", facts.setdefault("guidance_scale", 3.0))
     if missing := [f"--{key}" for key in ("model", "prompt", "seed") if key not in facts]:
         raise ValueError(f"{', '.join(missing)}: needed to know which picture is meant.")
     return facts
 
 
-def check_steps(steps: int) -> None:
-    """Raises ValueError for less than one step."""
-    if steps < 1:
-        raise ValueError(f"--steps {steps}: expected at least 1.")
+def check_steps(*counts: int | None, option: str = "--steps") -> None:
+    """Raises ValueError for less than one step, or more than a noise schedule has. None is left out."""
+    for count in counts:
+        if count is not None and not is_step_count(count):
+            raise ValueError(f"{option} {count}: expected at least 1 and at most {MOST_STEPS}.")

@@ -13,6 +13,9 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from evaluation.commands import check_steps
+from evaluation.config import check_guidance
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", help="pipeline: hub id or local folder")
@@ -42,6 +45,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(given: Namespace) -> Path | str:
     """Writes the picture, or answers the plan. Raises ValueError or OSError."""
+    check_steps(given.steps)
+    check_steps(*given.stage_steps or (), option="--stage_steps")
+    for scale in given.guidance_scale or ():
+        check_guidance("--guidance_scale", scale)
     from solver.samplers.hiflow.plan import as_recipe, with_changes, with_steps
 
     recipe = as_recipe(given.preset)
@@ -66,7 +73,7 @@ def _render(given: Namespace, recipe, guidance) -> Path:
     from PIL import Image
 
     from evaluation.rendering import load_pipeline
-    from evaluation.single import save_png
+    from evaluation.single import save_png, to_picture
     from solver.samplers.calls import text_length
     from solver.samplers.hiflow.sampler import hiflow
 
@@ -85,7 +92,7 @@ def _render(given: Namespace, recipe, guidance) -> Path:
     facts = {"model": given.model, "prompt": given.prompt, "seed": given.seed}
     pictures = result.images if given.all_sizes else result.images[-1:]
     for image_BCHW in pictures:
-        (picture,) = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(image_BCHW))
+        picture = to_picture(pipe, image_BCHW)
         path = given.output
         if image_BCHW is not result.images[-1]:
             path = path.with_stem(f"{path.stem}_{picture.height}")

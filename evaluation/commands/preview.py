@@ -15,6 +15,9 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from evaluation.commands import check_steps
+from evaluation.config import check_guidance
+
 # option of `PreviewOptions` -> type of the flag; what it means is in that class
 NUMBERS = {"guided_steps": float, "switch": float, "scale": int, "kappa": float, "alpha": float, "small_steps": int}
 CHOICES = ("method", "candidates_from", "selection", "unit", "target", "grid", "positions")
@@ -52,6 +55,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(given: Namespace) -> Path | str:
     """Writes the folder and answers the sheet's path, or answers the plan. Raises ValueError or OSError."""
+    check_steps(given.steps)
+    check_steps(given.small_steps, option="--small_steps")
+    for name in ("guidance_scale", "true_cfg_scale"):
+        if getattr(given, name) is not None:
+            check_guidance(f"--{name}", getattr(given, name))
     from solver.samplers.preview import PreviewOptions
 
     names = (*NUMBERS, *CHOICES, "reevaluate", "corrections", "guide_at_switch")

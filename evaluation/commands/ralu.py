@@ -12,7 +12,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from evaluation.commands import picture_facts
+from evaluation.commands import check_steps, picture_facts
 
 # --family: the network of the cost model, and the steps of its plain run
 PLAIN_STEPS = {
@@ -53,6 +53,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(given: Namespace) -> Path | str:
     """Writes the picture, or answers with the plan. Raises ValueError or OSError as `ralu` and `plan` say."""
+    check_steps(*given.steps or ())
+    check_steps(given.plain_steps, option="--plain_steps")
     from solver.samplers.ralu.plan import as_schedule
 
     if given.explain:
@@ -61,7 +63,7 @@ def run(given: Namespace) -> Path | str:
     if given.output is None:
         raise ValueError("--output: needed to render; --explain needs none.")
     from evaluation.rendering import load_pipeline
-    from evaluation.single import save_png
+    from evaluation.single import save_png, to_picture
     from solver.samplers.calls import guidance, text_length
     from solver.samplers.ralu.sampler import PUBLISHED, Choices, ralu
 
@@ -81,7 +83,7 @@ def run(given: Namespace) -> Path | str:
         choices=PUBLISHED if given.published else Choices(),
         call={**guidance(pipe, facts["guidance_scale"], 1), **text_length(pipe)},
     )
-    image = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(result.images_BCHW))[0]
+    image = to_picture(pipe, result.images_BCHW)
     name = given.preset if given.steps is None else "custom"
     save_png(image, given.output, {**facts, "solver": f"ralu {name}", "steps": sum(result.schedule.steps)})
     return given.output

@@ -48,7 +48,7 @@ def _go_on(given: Namespace) -> Path:
     fixed = [name for name in (*KEPT, "scheduler", "steps") if name != "model" and getattr(given, name) is not None]
     if fixed:
         raise ValueError(f"--{fixed[0]}: the previews of {given.preview} are of a run that has begun; leave it out.")
-    facts = json.loads((given.preview / "previews.json").read_text())
+    facts = _facts(given.preview / "previews.json")
     total = len(facts["candidates"])
     pick = 1 if given.pick is None and total == 1 else given.pick
     if pick is None or not 1 <= pick <= total:
@@ -61,3 +61,12 @@ def _go_on(given: Namespace) -> Path:
     pipe = load_pipeline(model, facts["dtype"], given.device)
     facts = {"model": model, "prompt": facts["prompt"], "seed": checkpoint.seed, "preview": given.preview / str(pick)}
     return save_picture(refine(pipe, checkpoint), given.output, facts)
+
+
+def _facts(path: Path) -> dict:
+    """What `preview` wrote of its folder. Raises OSError or ValueError if it is not there, or something else."""
+    try:
+        facts = json.loads(path.read_text())
+        return {name: facts[name] for name in ("model", "dtype", "prompt", "candidates")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not what `sample.py preview` wrote: {error!r}.") from error

@@ -26,5 +26,6 @@ def run(given: Namespace) -> Path:
 
     facts = picture_facts(given)
     pipe = load_pipeline(facts["model"], given.dtype, given.device)
-    pipe.scheduler = solver_scheduler(given.solver, pipe.scheduler, facts["guidance_scale"])
+    pipe.scheduler = solver_scheduler(given.solver, pipe.scheduler, given.guidance_scale)
+    facts["guidance_scale"] = pipe.scheduler.guidance_scale
     return render_png(pipe, facts, given.steps, given.output, solver=given.solver)

@@ -1,0 +1,43 @@
+"""`sample.py solver` and `refine`: whose guidance scale, and no picture of NaN."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from evaluation.rendering import NotFiniteError
+from evaluation.single import to_picture
+from sample import main
+from solver import ConsistencySolverScheduler
+
+
+def facts(path):
+    with Image.open(path) as image:
+        return {name.removeprefix("proofsheet:"): text for name, text in image.text.items()}
+
+
+def test_guidance_is_that_of_the_solver_unless_it_is_given(models, tmp_path):
+    solver = ConsistencySolverScheduler.from_pretrained(models / "solver")
+    solver.bake([3], 5.0).save_pretrained(tmp_path / "baked")  # which knows no other
+    picture = ["--model", str(models / "sd"), "--prompt", "a red ring", "--seed", "7", "--steps", "3"]
+    own, given = tmp_path / "own.png", tmp_path / "given.png"
+    main(["solver", *picture, "--solver", str(tmp_path / "baked"), "--output", str(own)])
+    main(["solver", *picture, "--solver", str(models / "solver"), "--guidance_scale", "5", "--output", str(given)])
+    assert facts(own)["guidance_scale"] == facts(given)["guidance_scale"] == "5.0"
+    with Image.open(own) as a, Image.open(given) as b:
+        assert a.tobytes() == b.tobytes()
+
+
+def test_a_picture_of_nan_is_an_error(models, tmp_path):
+    pipe = StableDiffusionPipeline.from_pretrained(models / "sd")
+    picture = torch.full((1, 3, 4, 4), 0.5)
+    assert to_picture(pipe, picture).getextrema() == ((128, 128),) * 3
+    picture[0, 1, 2, 3] = float("nan")
+    with pytest.raises(NotFiniteError, match="DDIMScheduler gives NaN or infinite pixels"):
+        to_picture(pipe, picture)
+    pipe.unet.conv_out.weight.data.fill_(float("nan"))
+    pipe.save_pretrained(tmp_path / "broken")
+    command = ["refine", "--model", str(tmp_path / "broken"), "--prompt", "x", "--seed", "1", "--steps", "2"]
+    with pytest.raises(NotFiniteError):
+        main([*command, "--output", str(tmp_path / "x.png")])
+    assert not (tmp_path / "x.png").exists()
