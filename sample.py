@@ -22,7 +22,6 @@ COMMANDS = {
     "refine": "evaluation.commands.refine",
     "ralu": "evaluation.commands.ralu",
     "hiflow": "evaluation.commands.hiflow",
-    "remake": "evaluation.commands.remake",
 }
 
 
