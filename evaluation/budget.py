@@ -51,13 +51,11 @@ def plan(config: EvaluationConfig, rows: Sequence[Contender]) -> Budget:
         budget.full_steps += pictures * config.num_inference_steps
         budget.pictures += pictures
         for columns in here:
-            _plan_columns(config, columns, measured_rows(columns, rows), columns is here[0], budget)
+            _plan_columns(config, columns, measured_rows(columns, rows), budget)
     return budget
 
 
-def _plan_columns(
-    config: EvaluationConfig, columns: Columns, rows: Sequence[Contender], is_first: bool, budget: Budget
-) -> None:
+def _plan_columns(config: EvaluationConfig, columns: Columns, rows: Sequence[Contender], budget: Budget) -> None:
     pictures = columns.num_prompts + columns.ranked * (config.rank_candidates - 1)
     classical = [row for row in rows if row.is_classical]
     chooses = needs_choice(columns, rows)
@@ -77,14 +75,15 @@ def _plan_columns(
                 budget.rows += pictures * (steps if row.network else steps - 1)
                 budget.pictures += pictures
     for row in rows:
-        if row.steps and is_first:
-            budget.rows += pictures * sum(row.steps)
-            budget.pictures += pictures * len(row.steps)
+        if row.steps:
+            its = row.steps_in(columns, config)
+            budget.rows += pictures * sum(its)
+            budget.pictures += pictures * len(its)
 
 
 def measured_rows(columns: Columns, rows: Sequence[Contender]) -> list[Contender]:
     """The rows that some columns have."""
-    return [row for row in rows if columns.only is None or row.name in columns.only]
+    return [row for row in rows if columns.measures(row.name)]
 
 
 def needs_choice(columns: Columns, rows: Sequence[Contender]) -> bool:

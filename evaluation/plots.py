@@ -12,8 +12,6 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from evaluation.config import EvaluationConfig
-
 LEARNED = "#d1495b"
 COLOURS = ("#1f6f8b", "#7a9e35", "#c98b1b", "#6b5b95", "#4aa3a2", "#8d6e63", "#5f6b78", "#b07aa1", "#2f4858")
 MARKERS = "osD^vPX<>"
@@ -33,7 +31,21 @@ STYLE = {
 }
 
 
-def draw_plots(metrics: dict, config: EvaluationConfig, folder: Path) -> None:
+def read_trainer_state(path: str) -> dict:
+    """What a training logged. Raises ValueError if a file is not there, or is no trainer_state.json with rewards."""
+    try:
+        state = json.loads(Path(path).read_text())
+        has_rewards = any("reward" in row or "eval_reward" in row for row in state["log_history"])
+    except OSError as error:
+        raise ValueError(f"trainer_state={path!r}: there is no such file.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"trainer_state={path!r} is no trainer_state.json: {error!r}.") from error
+    if not has_rewards:
+        raise ValueError(f"trainer_state={path!r}: this training logged no reward.")
+    return state
+
+
+def draw_plots(metrics: dict, trainer_state: dict | None, folder: Path) -> None:
     """Writes metrics_cfg_*.png, coefficients_cfg_*.png and, with a trainer state, reward.png."""
     with plt.rc_context(STYLE):
         for guidance in dict.fromkeys(row["guidance_scale"] for row in metrics["rows"]):
@@ -41,8 +53,8 @@ def draw_plots(metrics: dict, config: EvaluationConfig, folder: Path) -> None:
             tables = [entry for entry in metrics["coefficients"] if entry["guidance_scale"] == guidance]
             if tables:
                 plot_coefficients(tables, folder / f"coefficients_cfg_{guidance:g}.png")
-        if config.trainer_state:
-            plot_rewards(json.loads(Path(config.trainer_state).read_text()), folder / "reward.png")
+        if trainer_state is not None:
+            plot_rewards(trainer_state, folder / "reward.png")
 
 
 def colour_of(solver: str, solvers: Sequence[str]) -> str:

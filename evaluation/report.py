@@ -283,7 +283,9 @@ def coefficients(config: EvaluationConfig) -> list[dict]:
             "learned": {k: v.tolist() for k, v in solver.coefficients(steps, guidance)._asdict().items()},
             "base": {k: v.tolist() for k, v in base.coefficients(steps, guidance)._asdict().items()},
         }
-        for guidance, steps in sorted({(c.guidance_scale, k) for c in config.columns for k in c.steps})
+        for guidance, steps in sorted(
+            {(c.guidance_scale, k) for c in config.columns if c.measures("learned") for k in c.steps}
+        )
     ]
 
 

@@ -21,9 +21,10 @@ from evaluation.contact_sheet import draw_contact_sheet
 from evaluation.contenders import Contender, contenders, open_network
 from evaluation.instruments import Instruments
 from evaluation.metrics import ClipScorer, InceptionFeatures
-from evaluation.plots import draw_plots
+from evaluation.plots import draw_plots, read_trainer_state
 from evaluation.rendering import NotFiniteError, Sampler, Samples, load_pipeline
 from evaluation.report import Measured, Results, write_report
+from evaluation.solvers import check_run
 from evaluation.targets import Targets, reference_images
 from rewards import load_reward
 from solver.samplers.calls import check_edits
@@ -65,6 +66,7 @@ def evaluate(config: EvaluationConfig) -> dict:
     """
     folder = Path(config.output_dir)
     make_folder(folder)
+    trainer_state = read_trainer_state(config.trainer_state) if config.trainer_state else None
     bench = make_bench(config)
     log_budget(bench)
     results = Results(config, bench.sampler.latent_shape, _reference(bench))
@@ -72,13 +74,15 @@ def evaluate(config: EvaluationConfig) -> dict:
         results.measured = [measure_columns(bench, columns) for columns in config.columns]
     logger.info("%s network evaluations were made.", f"{bench.sampler.evaluations:,}")
     metrics = write_report(results, folder)
-    draw_plots(metrics, config, folder)
+    draw_plots(metrics, trainer_state, folder)
     draw_contact_sheet(results, folder / "contact_sheet.png")
     return metrics
 
 
 def make_bench(config: EvaluationConfig) -> Bench:
-    """Loads everything that a config names."""
+    """Loads everything that a config names. Raises ValueError or OSError before anything is rendered."""
+    if config.reference and not config.reference.startswith("scenes:") and not Path(config.reference).is_dir():
+        raise ValueError(f"reference={config.reference!r}: expected scenes:SPLIT or a folder of images.")
     pipe = load_pipeline(config.model, config.dtype, config.device, config.pipeline)
     rows = contenders(config, pipe)
     instruments, rank_instruments = load_instruments(config, pipe.device)
@@ -90,6 +94,7 @@ def make_bench(config: EvaluationConfig) -> Bench:
     cache = Path(config.cache_dir or Path(config.output_dir) / "cache")
     sampler = Sampler(pipe, config.height, config.width, config.batch_size, config.autocast)
     teacher = make_scheduler(config.scheduler, config.scheduler_kwargs, pipe.scheduler)
+    check_run(teacher, config.num_inference_steps)
     targets = Targets(sampler, teacher, config.num_inference_steps, instruments, cache / "targets")
     return Bench(config, rows, pipe, sampler, targets, rank_instruments, prompts, cache / "cells")
 
@@ -147,12 +152,11 @@ def measure_columns(bench: Bench, columns: Columns) -> Measured:
         for row, grid in choose(bench, solvers, few, steps, columns, measured):
             measure_row(bench, task, row, grid, steps, sampler, measured)
     sampler.shared.forget()
-    is_first = columns is next(c for c in config.columns if c.guidance_scale == columns.guidance_scale)
     for row in rows:
-        if row not in solvers and (is_first or not row.steps):
+        if row not in solvers and (counts := row.steps_in(columns, config)):
             with open_network(row, bench.pipe) as pipe:
                 its = Sampler(pipe, config.height, config.width, config.batch_size, config.autocast)
-                for steps in row.steps or columns.steps:
+                for steps in counts:
                     measure_row(bench, task, row, next(iter(row.grids)), steps, its, measured)
     return measured
 

@@ -2,7 +2,9 @@
 
 import json
 import math
-from pathlib import Path
+import shutil
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,10 +12,15 @@ from PIL import Image
 
 from evaluate import main
 from evaluation.bootstrap import mean, statistic
+from evaluation.budget import Budget, plan
+from evaluation.cache import load
 from evaluation.cells import Cell
 from evaluation.config import EvaluationConfig
+from evaluation.contenders import Contender
+from evaluation.metrics import InceptionFeatures, frechet_distance
 from evaluation.report import paired_differences
 from evaluation.targets import reference_images
+from solver import ConsistencySolverScheduler
 
 STEPS, PROMPTS, CANDIDATES = [3, 4], 8, 3
 COLUMNS = [
@@ -153,6 +160,25 @@ def test_budget_is_what_is_evaluated(models, evaluated, tmp_path, caplog):
     assert planned + 5 == pytest.approx(made, rel=0.1)  # 5: the batch that is timed
 
 
+def test_a_budget_by_hand():
+    """Three prompts, one of them with a second candidate; two solvers, a distilled network in its own steps."""
+    columns = {"guidance_scale": 3.0, "num_prompts": 3}
+    config = EvaluationConfig(
+        "model", "folder", num_inference_steps=10, scorer="clip", rank_candidates=2, grid_prompts=2,
+        columns=[{**columns, "steps": [4], "ranked": 1}, {**columns, "steps": [5]}],
+    )  # fmt: skip
+    rows = [Contender(name, {"own": None}, is_classical=True) for name in ("ddim", "dpm2m")]
+    budget = plan(config, [*rows, Contender("student", {"own": None}, {"unet": "x"}, steps=(1, 2))])
+    assert budget.full_steps == 10 * (3 + 1)
+    assert budget.grids == 0  # there is one grid, and all are finalists
+    # The first evaluation of a prompt serves all, the second both solvers: in 4 steps 1 + 1 + 2 + 2 and not 4 + 4.
+    assert budget.rows == (3 + 1) * (1 + 2 + 2) + 3 * (1 + 3 + 3) + (3 + 1) * (1 + 2)
+    assert budget.pictures == 4 + 4 * 2 + 3 * 2 + 4 * 2
+    said = Budget(full_steps=2000, grids=300, rows=700, pictures=120).line(0.05, 0.25)
+    assert "3,000 network evaluations (2,000 for full-step pictures, 300 to choose grids, 700 for the rows)" in said
+    assert "120 pictures. At 20 evaluations and 4 pictures a second: 3 minutes" in said  # 150 + 30 s
+
+
 def test_workflow_is_simulated_where_there_are_candidates(evaluated):
     _, metrics = evaluated
     assert {entry["guidance_scale"] for entry in metrics["workflow"]} == {3.0}
@@ -215,6 +241,25 @@ def test_distilled_rows_by_configuration(models, evaluated, tmp_path):
     assert (lcm["own_guidance_scale"], lcm["guidance_scale"], lcm["nfe"]) == (1.0, 3.0, 2)
 
 
+def test_a_network_is_one_of_several_files(models, tmp_path):
+    """The pipeline's own network, from a folder and from a file in a repository, is the pipeline itself."""
+    shutil.copytree(models / "sd" / "unet", tmp_path / "repository" / "student")
+    (file,) = (tmp_path / "repository" / "student").glob("*.safetensors")
+    file.rename(file.with_name("two.safetensors"))
+    own = {"scheduler": "DDIMScheduler", "scheduler_kwargs": {"timestep_spacing": "trailing"}, "steps": [3]}
+    extra = [
+        {"name": "own", **own},
+        {"name": "folder", "unet": str(models / "sd"), "subfolder": "unet", **own},
+        {
+            "name": "file", "unet": str(tmp_path / "repository"), "subfolder": "student",
+            "weight_name": "two.safetensors", **own,
+        },
+    ]  # fmt: skip
+    result = main(arguments(models, tmp_path / "out", **NOTHING_BUT_PIXELS, extra=extra))
+    values = {row["solver"]: row["metrics"]["pixels"]["mean"] for row in result["rows"] if row["solver"] != "full"}
+    assert values["folder"] == values["file"] == pytest.approx(values["own"], abs=1e-3)
+
+
 def test_a_lora_changes_its_row_and_nothing_else(models, tmp_path):
     import peft
     from diffusers import StableDiffusionPipeline
@@ -223,13 +268,18 @@ def test_a_lora_changes_its_row_and_nothing_else(models, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(models / "sd")
     pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipe.unet))
-    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
+    for name in ("one", "two"):
+        scaled = {key: layer if name == "one" else 2 * layer for key, layer in layers.items()}
+        folder = {"save_directory": tmp_path / "lora" / "sd", "weight_name": f"{name}.safetensors"}
+        StableDiffusionPipeline.save_lora_weights(unet_lora_layers=scaled, **folder)
     own = {"scheduler": "DDIMScheduler", "scheduler_kwargs": {"timestep_spacing": "trailing"}, "steps": [3]}
     extra = [{"name": n, **own} for n in ("before", "after")]
-    extra.insert(1, {"name": "lora", "lora": str(tmp_path / "lora"), **own})
+    lora = {"lora": str(tmp_path / "lora"), "subfolder": "sd", **own}
+    extra[1:1] = [{"name": name, "weight_name": f"{name}.safetensors", **lora} for name in ("one", "two")]
     result = main(arguments(models, tmp_path / "out", **NOTHING_BUT_PIXELS, extra=extra))
     values = {row["solver"]: row["metrics"]["pixels"]["mean"] for row in result["rows"] if row["solver"] != "full"}
-    assert values["before"] == values["after"] != values["lora"]
+    assert values["before"] == values["after"]
+    assert len({values[name] for name in ("before", "one", "two")}) == 3
 
 
 def test_frechet_distance_to_other_pictures(models, tmp_path):
@@ -246,11 +296,98 @@ def test_frechet_distance_to_other_pictures(models, tmp_path):
     assert scenes.shape == (3, 3, 64, 64) and 0 <= scenes.min() < scenes.max() <= 1
 
 
+class MeanColour(torch.nn.Module):
+    """In the place of torch-fidelity's Inception network, whose weights come from the network."""
+
+    def __init__(self, name, features_list):
+        super().__init__()
+        assert (name, features_list) == ("inception-v3-compat", ["2048"])
+
+    def forward(self, images_BCHW):
+        assert images_BCHW.dtype == torch.uint8
+        return (images_BCHW.float().mean(dim=(2, 3)),)
+
+
+def fake_torch_fidelity(monkeypatch, network):
+    package, module = (ModuleType(f"torch_fidelity{name}") for name in ("", ".feature_extractor_inceptionv3"))
+    module.FeatureExtractorInceptionV3 = network
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_fid_is_the_frechet_distance_of_inception_features(models, tmp_path, monkeypatch):
+    fake_torch_fidelity(monkeypatch, MeanColour)
+    metrics = main(arguments(models, tmp_path, **NOTHING_BUT_PIXELS, fid=True))
+    (row,) = (row for row in metrics["rows"] if row["solver"] == "ddim")
+    cells = [load(path)[0] for path in (tmp_path / "cache" / "cells").iterdir()]
+    (cell,) = (tensors for tensors in cells if "features/fid" in tensors)
+    (target,) = (s for path in (tmp_path / "cache" / "targets").glob("*-seen-*") if "fid" in (s := load(path)[0]))
+    expected = frechet_distance(cell["images"].float().mean(dim=(2, 3)), target["fid"])
+    assert row["metrics"]["fid"]["mean"] == pytest.approx(expected, rel=1e-4) and expected > 0
+    assert metrics["metrics"]["fid"] == {"unit": "FID", "higher_is_better": False, "trained_on": False}
+    assert "fid ↓" in (tmp_path / "table.md").read_text()
+
+
+def test_fid_says_what_it_lacks(models, tmp_path, monkeypatch):
+    def no_weights(*_):
+        raise OSError("no route")
+
+    fake_torch_fidelity(monkeypatch, no_weights)
+    with pytest.raises(OSError, match="weights of torch-fidelity cannot be fetched: no route"):
+        main(arguments(models, tmp_path, **NOTHING_BUT_PIXELS, fid=True))
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3")
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[metrics\]'"):
+        main(arguments(models, tmp_path, **NOTHING_BUT_PIXELS, fid=True))
+
+
+def test_fid_with_the_real_network():
+    pytest.importorskip("torch_fidelity")
+    try:
+        inception = InceptionFeatures()
+    except OSError as error:
+        pytest.skip(str(error))
+    assert inception(torch.rand(2, 3, 32, 32)).shape == (2, 2048)
+
+
+def test_the_reward_curve(models, tmp_path):
+    rows = [{"step": 1, "reward": 0.5}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_reward": 0.75}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    state = tmp_path / "trainer_state.json"
+    main(arguments(models, tmp_path / "out", **NOTHING_BUT_PIXELS, trainer_state=state))
+    with Image.open(tmp_path / "out" / "reward.png") as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
+    assert {(0x9A, 0xA5, 0xB1), (0xD1, 0x49, 0x5B)} <= colours  # of both curves
+    state.write_text(json.dumps({"log_history": rows[1:2]}))
+    with pytest.raises(ValueError, match="logged no reward"):
+        main(arguments(models, tmp_path / "out", **NOTHING_BUT_PIXELS, trainer_state=state))
+
+
+def test_rows_with_steps_of_their_own_are_in_the_first_columns_that_have_them(models, tmp_path):
+    columns = [{**ONE_CELL[0], "only": ["ddim"]}, {**ONE_CELL[0], "steps": [4], "num_prompts": 5}]
+    extra = [{"name": "own", "scheduler": "DDIMScheduler", "steps": [2]}]
+    changes = NOTHING_BUT_PIXELS | {"columns": columns}
+    result = main(arguments(models, tmp_path, **changes, extra=extra))
+    assert [(r["steps"], r["prompts"]) for r in result["rows"] if r["solver"] == "own"] == [(2, 5)]
+
+
+def test_a_baked_solver_needs_the_cells_that_it_is_in_and_no_others(models, tmp_path):
+    ConsistencySolverScheduler.from_pretrained(models / "solver").bake([3], 3.0).save_pretrained(tmp_path / "baked")
+    columns = [*ONE_CELL, {**ONE_CELL[0], "steps": [4], "only": ["ddim"]}]
+    changes = NOTHING_BUT_PIXELS | {"columns": columns, "learned": tmp_path / "baked"}
+    result = main(arguments(models, tmp_path / "out", **changes))
+    assert [(r["steps"], r["guidance_scale"]) for r in result["rows"] if r["solver"] == "learned"] == [(3, 3.0)]
+    assert [entry["steps"] for entry in result["coefficients"]] == [3]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"columns": [{"guidance_scale": 3, "steps": [0], "num_prompts": 4}]}, r"steps=\[0\]: expected whole numbers"),
-        ({"columns": [{"guidance_scale": 3, "steps": [4], "num_prompts": 1}]}, "num_prompts=1: expected at least 2"),
+        (
+            {"columns": [{"guidance_scale": 3, "steps": [4], "num_prompts": 1}]},
+            "num_prompts=1: expected a whole number of at least 2",
+        ),
         ({"columns": [{"guidance_scale": 3, "steps": [4]}]}, "expected the keys guidance_scale, steps, num_prompts"),
         ({"columns": [{**ONE_CELL[0], "prompts": 3}]}, "expected the keys"),
         ({"columns": [{**ONE_CELL[0], "ranked": 9}]}, "ranked=9: expected 0 to num_prompts=8"),
@@ -291,18 +428,3 @@ def test_a_solver_that_diverges_loses_its_row_and_stops_nothing(models, tmp_path
     reason = "its pictures are not finite"
     assert result["left_out"] == [{"solver": "broken", "steps": 3, "reason": reason, "guidance_scale": 3.0}]
     assert reason in (tmp_path / "table.md").read_text()
-
-
-@pytest.mark.parametrize("name", ["mini_sd", "demo", "ablations", "mini_flux", "mini_kontext"])
-def test_the_shipped_configs_are_understood(name):
-    from trl import TrlParser
-
-    path = Path(__file__).parents[2] / "configs" / f"eval_{name}.yaml"
-    (config,) = TrlParser((EvaluationConfig,)).parse_args_and_config(["--config", str(path)])
-    assert len(path.read_text().splitlines()) <= 30 + len(config.extra)
-    assert config.reward_models[0] is None
-    assert not any(Path(value).is_absolute() for value in (config.model, config.output_dir))
-    if name == "mini_sd":
-        prompts = {(c.guidance_scale, k): c.num_prompts for c in config.columns for k in c.steps}
-        wanted = {(g, k): 500 if g == 3 else 200 for g in (1.5, 3.0, 5.0, 7.5) for k in (4, 5, 6, 8)}
-        assert all(prompts[cell] >= count for cell, count in wanted.items())
