@@ -1,6 +1,7 @@
-"""Makes `tests/tiny_pipelines.py`, which several folders of tests share, importable by its name."""
+"""Makes importable by name what several folders of tests share, and the scripts at the root."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))
+TESTS = Path(__file__).parents[1]
+sys.path += [str(TESTS), str(TESTS / "data"), str(TESTS.parent)]
