@@ -22,6 +22,7 @@ COMMANDS = {
     "refine": "evaluation.commands.refine",
     "ralu": "evaluation.commands.ralu",
     "hiflow": "evaluation.commands.hiflow",
+    "remake": "evaluation.commands.remake",
 }
 
 

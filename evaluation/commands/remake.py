@@ -1,0 +1,81 @@
+"""A picture again, from what its PNG remembers.
+
+    python sample.py remake image.png --output again.png
+
+PNGs of `sample.py solver` and `refine` and of the light table remember prompt, seed, model, solver, steps and sizes.
+On the same device, with the same weights and versions, the new picture is the old one, bit for bit; the command says
+whether it is, and if not, what differs. `--model` and `--solver` say where model and learned solver are now.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from data.command_line import DTYPES
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("image", type=Path, help="PNG that says how it was made")
+    parser.add_argument("--output", type=Path, help="PNG to write; NAME_again.png by default")
+    parser.add_argument("--model", help="hub id or local folder, instead of what the PNG says")
+    parser.add_argument("--solver", help="likewise, of the learned solver")
+    parser.add_argument("--device", help="the GPU if there is one, by default")
+    parser.add_argument("--dtype", choices=DTYPES, help="what the PNG says, by default")
+
+
+def run(given: Namespace) -> str:
+    """Writes the picture, and says how it compares. Raises ValueError or OSError as `evaluation.remembered` says."""
+    from dataclasses import replace
+
+    from evaluation.recipe import LEARNED, load_solver, make
+    from evaluation.remembered import read, recipe_of, remembered, surroundings
+    from evaluation.rendering import load_pipeline
+    from evaluation.single import save_png
+
+    image, facts = read(given.image)
+    recipe = recipe_of(facts)
+    if given.solver and recipe.method in LEARNED:
+        recipe = replace(recipe, solver=given.solver)
+    model, dtype = given.model or facts.get("model"), given.dtype or facts.get("dtype", "float32")
+    if model is None:
+        raise ValueError(f"{given.image} does not say its model; give --model.")
+    if dtype not in DTYPES:
+        raise ValueError(f"{given.image} says dtype {dtype[:40]!r}; give --dtype.")
+    pipe = load_pipeline(model, dtype, given.device)
+    learned = load_solver(pipe, recipe)
+    again = make(pipe, recipe, learned).image
+    now = remembered(pipe, recipe, surroundings(pipe, model, dtype, learned))
+    path = given.output or given.image.with_name(f"{given.image.stem}_again.png")
+    save_png(again, path, now)
+    return f"{path}: {compared(image, again, facts, now)}"
+
+
+def compared(image, again, facts: dict[str, str], now: dict[str, str]) -> str:
+    """Whether two pictures are the same, and if not, how far apart, and what differs in how they were made."""
+    import torch
+    from torchvision.transforms.functional import pil_to_tensor
+
+    if image.size != again.size:
+        return f"not the same picture: {_size(image)} then, {_size(again)} now. {_differing(facts, now)}"
+    apart = (pil_to_tensor(image).int() - pil_to_tensor(again.convert("RGB")).int()).abs()
+    if not apart.any():
+        return "the same picture, bit for bit."
+    changed = float((apart.amax(dim=0) > 0).to(torch.float64).mean())
+    return (
+        f"not the same picture bit for bit: {changed:.1%} of the pixels differ, by up to {int(apart.max())} of 255. "
+        f"{_differing(facts, now)}"
+    )
+
+
+def _differing(facts: dict[str, str], now: dict[str, str]) -> str:
+    names = [name for name in now if name in facts and facts[name] != now[name]]
+    if names:
+        pairs = "; ".join(f"{name}: {facts[name][:200]!r} then, {now[name]!r} now" for name in names)
+        return f"What differs: {pairs}."
+    unknown = [name for name in ("weights", "device", "versions") if name not in facts]
+    if unknown:
+        return f"The file does not say its {', '.join(unknown)}; one of them may differ."
+    return "All that the file remembers is the same, so the picture in it was changed, or the device rounds otherwise."
+
+
+def _size(image) -> str:
+    return f"{image.width} x {image.height}"

@@ -1,0 +1,104 @@
+"""PNGs that remember all that decides their picture, and give it back.
+
+    save_png(image, path, remembered(pipe, recipe, surroundings(pipe, "zoo/mini-sd", "float32", learned)))
+    image, facts = read(path)
+    recipe = recipe_of(facts)
+
+What is read was perhaps written by a stranger: it is text, and numbers in their ranges, or an error.
+"""
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from evaluation.recipe import Recipe, size
+from evaluation.single import PREFIX, full_scheduler
+from solver import ConsistencySolverScheduler
+from solver.samplers.digest import tensors_digest, weights_digest
+
+PACKAGES = ("proofsheet", "torch", "diffusers", "transformers")
+
+
+def remembered(pipe: DiffusionPipeline, recipe: Recipe, around: Mapping[str, str]) -> dict[str, str]:
+    """What a PNG is told of its picture: the recipe with its size, and what was `surroundings` at the time."""
+    height, width = size(pipe, recipe)
+    solver = recipe.solver or type(full_scheduler(None, pipe.scheduler)).__name__
+    facts = {**asdict(replace(recipe, height=height, width=width, solver=solver)), **around}
+    return {name: str(value) for name, value in facts.items() if value != ""}
+
+
+def surroundings(
+    pipe: DiffusionPipeline, model: str, dtype: str, learned: ConsistencySolverScheduler | None = None
+) -> dict[str, str]:
+    """What besides the recipe may change a bit: model and weights, dtype, device, versions, the solver's weights."""
+    device = torch.device(pipe.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+    facts = {"model": model, "weights": weights_digest(pipe)[:16], "dtype": dtype, "device": name}
+    if learned is not None:
+        config = {name: value for name, value in learned.config.items() if not name.startswith("_")}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        digest.update(tensors_digest({} if learned.policy is None else learned.policy.state_dict()).encode())
+        facts["solver_weights"] = digest.hexdigest()[:16]
+    return facts | {"versions": _versions()}
+
+
+def read(path: Path) -> tuple[Image.Image, dict[str, str]]:
+    """A PNG's picture, and what it remembers.
+
+    Raises:
+        OSError: there is no such file, or it is no picture.
+        ValueError: it is too large, or does not say how it was made.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            texts, image = image.text, image.convert("RGB")
+    except (Image.DecompressionBombError, SyntaxError) as error:  # what PIL raises for a hostile or broken PNG
+        raise ValueError(f"{path} is no picture that can be read: {error}") from error
+    facts = {name.removeprefix(PREFIX): str(text) for name, text in texts.items() if name.startswith(PREFIX)}
+    if not facts:
+        raise ValueError(f"{path} does not say how it was made.")
+    return image, facts
+
+
+def recipe_of(facts: Mapping[str, str]) -> Recipe:
+    """The recipe that a PNG remembers, also one of `sample.py solver` and `refine`.
+
+    Raises:
+        ValueError: something is missing, or no such value can be.
+    """
+    if missing := [name for name in ("prompt", "seed", "solver", "steps") if name not in facts]:
+        raise ValueError(f"The picture does not say its {', '.join(missing)}, so it cannot be made again from itself.")
+    if re.match(r"ralu\b", facts["solver"]):
+        raise ValueError("The picture was made by `sample.py ralu`, whose schedule it does not remember.")
+    kinds = {"seed": int, "steps": int, "full_steps": int, "height": int, "width": int, "guidance_scale": float}
+    values = {field.name: facts[field.name] for field in fields(Recipe) if field.name in facts}
+    for name in kinds.keys() & values.keys():
+        try:
+            values[name] = kinds[name](values[name])
+        except ValueError:
+            raise ValueError(f"The picture says {name} {values[name][:40]!r}, which is no number.") from None
+    plain = hasattr(diffusers, values["solver"])
+    values.setdefault("method", "full" if plain else "solver")
+    if values["method"] == "half":  # its solver is the pipeline's own
+        values.pop("solver")
+    return Recipe(**values)
+
+
+def _versions() -> str:
+    known = {}
+    for name in PACKAGES:
+        try:
+            known[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            continue
+    return ", ".join(f"{name} {number}" for name, number in known.items())
