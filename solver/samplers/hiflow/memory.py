@@ -6,12 +6,14 @@ FLUX.1-dev at 4096² in bfloat16 with a tiled autoencoder they make 44 GiB, wher
 to refuse what cannot fit, not to fill a card to the last GiB.
 """
 
+import inspect
 from collections.abc import Sequence
 
 import psutil
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from PIL.Image import Image
+from torch import Tensor, nn
 
 from solver.samplers.hiflow.pixels import LARGEST_WHOLE_PICTURE
 from solver.samplers.hiflow.plan import Stage
@@ -22,6 +24,7 @@ BLOCK_WIDTHS = 32  # tensors of tokens x width alive at once in a transformer bl
 UNET_WIDTHS = 24  # likewise of latent pixels x first channels in a UNet, skip connections included
 DECODER_CHANNELS = 2400  # values a pixel alive at once in a KL autoencoder's decoder: 80 GB at 4096² in bfloat16
 TILE = 1024**2  # pixels
+KONTEXT_AREA = 1024**2  # pixels, to which Kontext scales what it edits
 
 
 def activation_bytes(tokens: float, width: int, bytes_per_value: int, unet: bool = False) -> float:
@@ -30,15 +33,16 @@ def activation_bytes(tokens: float, width: int, bytes_per_value: int, unet: bool
 
 
 def decoder_bytes(height: int, width: int, bytes_per_value: int, tiled: bool = False) -> float:
-    """Of decoding one picture, in tiles above 2048², or always if `tiled`."""
+    """Of decoding one picture, in tiles above 1536², or always if `tiled`."""
     pixels = height * width
     in_tiles = tiled or pixels > LARGEST_WHOLE_PICTURE
     return (min(TILE, pixels) if in_tiles else pixels) * DECODER_CHANNELS * bytes_per_value
 
 
-def check_memory(pipe: DiffusionPipeline, stages: Sequence[Stage], batch: int) -> None:
+def check_memory(pipe: DiffusionPipeline, stages: Sequence[Stage], batch: int, call: dict | None = None) -> None:
     """Raises ValueError where a stage cannot fit into the free memory of the pipeline's device."""
-    needed, worst = max(((_stage_bytes(pipe, stage, batch), stage) for stage in stages), key=lambda pair: pair[0])
+    more = _text_tokens(pipe, call or {}), _condition_tokens(pipe, call or {})
+    needed, worst = max(((_stage_bytes(pipe, stage, batch, *more), stage) for stage in stages), key=lambda row: row[0])
     device = pipe._execution_device
     needed += max((_bytes(part) for part in (denoiser(pipe), pipe.vae) if _waits_elsewhere(part, device)), default=0)
     free = _free_bytes(device)
@@ -51,7 +55,7 @@ def check_memory(pipe: DiffusionPipeline, stages: Sequence[Stage], batch: int) -
         )
 
 
-def _stage_bytes(pipe: DiffusionPipeline, stage: Stage, batch: int) -> float:
+def _stage_bytes(pipe: DiffusionPipeline, stage: Stage, batch: int, text: int = 0, condition: int = 0) -> float:
     network = denoiser(pipe)
     unet = pipe.components.get("unet") is not None
     if unet:
@@ -60,12 +64,36 @@ def _stage_bytes(pipe: DiffusionPipeline, stage: Stage, batch: int) -> float:
         width = network.config.num_attention_heads * network.config.attention_head_dim
         pixels = vae_factor(pipe) * patch_size(pipe)
     rows = batch * (2 if _guided_in_one_batch(pipe) else 1)
-    tokens = rows * (stage.height // pixels) * (stage.width // pixels)
+    image = (stage.height // pixels) * (stage.width // pixels)
+    tokens = rows * (image + condition + text * stage.text_copies[0] * stage.text_copies[1])
     tiled = getattr(pipe.vae, "use_tiling", False)
     return max(
         activation_bytes(tokens, width, network.dtype.itemsize, unet),
         batch * decoder_bytes(stage.height, stage.width, pipe.vae.dtype.itemsize, tiled),
     )
+
+
+def _text_tokens(pipe: DiffusionPipeline, call: dict) -> int:
+    """Of a prompt, in a transformer's sequence; UNets have them in cross-attention only."""
+    if pipe.components.get("unet") is not None:
+        return 0
+    if call.get("prompt_embeds") is not None:
+        return call["prompt_embeds"].shape[1]
+    longest = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+    return 0 if longest is None else call.get(longest.name) or longest.default
+
+
+def _condition_tokens(pipe: DiffusionPipeline, call: dict) -> int:
+    """Of the image that Kontext edits: latents as they are, pictures near the area that it scales them to."""
+    image = call.get("image")
+    if image is None or "max_area" not in inspect.signature(pipe.__call__).parameters:
+        return 0
+    image = image[0] if isinstance(image, list | tuple) else image
+    width, height = image.size if isinstance(image, Image) else (image.shape[-1], image.shape[-2])
+    if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == pipe.latent_channels:
+        return height * width // patch_size(pipe) ** 2
+    pixels = KONTEXT_AREA if call.get("_auto_resize", True) else height * width
+    return pixels // (vae_factor(pipe) * patch_size(pipe)) ** 2
 
 
 def _guided_in_one_batch(pipe: DiffusionPipeline) -> bool:

@@ -164,6 +164,7 @@ def plan_stages(
     alignment: str = "full",
     distilled_guidance: bool = True,
     model_patches: bool = True,
+    known: tuple[int, int] | None = None,
 ) -> list[Stage]:
     """The stages of a run, base first.
 
@@ -177,6 +178,8 @@ def plan_stages(
             has no guidance along the way.
         distilled_guidance: whether the model is told its guidance scale, as FLUX.1-dev is.
         model_patches: whether the model takes the recipe's changes inside the transformer.
+        known: height and width that the model is made for, where the first size is that of a given image, which may
+            be larger; None where it is the model's own.
 
     Raises:
         ValueError: sizes that do not ascend, do not divide or change their proportions, more steps than the stage
@@ -188,8 +191,8 @@ def plan_stages(
     pixels = _check_sizes(sizes, multiple)
     steps = [recipe.steps, *_stage_steps(recipe, len(pixels) - 1)]
     guidance = _guidance_scales(recipe if distilled_guidance else None, guidance_scale, len(pixels))
-    base = pixels[0]
-    stages = [Stage(*base, first=0, stop=recipe.steps, guidance_scale=guidance[0])]
+    base = known_size(pixels[0], known, multiple)
+    stages = [Stage(*pixels[0], first=0, stop=recipe.steps, guidance_scale=guidance[0])]
     for i, (height, width) in enumerate(pixels[1:]):
         patches = {
             "ntk_factor": _entry(recipe.ntk_factor, i),
@@ -210,6 +213,16 @@ def plan_stages(
         )
         stages.append(stage)
     return [replace(stages[-1], first=0)] if alignment == "none" else stages
+
+
+def known_size(first: tuple[int, int], known: tuple[int, int] | None, multiple: int) -> tuple[int, int]:
+    """What the large stages refer to, for the shift of the grid, the keys of attention and the copies of the text: the
+    first size, or, where that is of a given image larger than the model knows, the known area in its proportions.
+    """
+    if known is None or first[0] * first[1] <= known[0] * known[1]:
+        return first
+    scale = math.sqrt(known[0] * known[1] / (first[0] * first[1]))
+    return tuple(max(1, round(side * scale / multiple)) * multiple for side in first)
 
 
 def _entry(values: tuple, i: int):

@@ -40,8 +40,8 @@ from solver.samplers.hiflow.noise import (
     stage_solver,
 )
 from solver.samplers.hiflow.pixels import encode, tiled_where_needed
-from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, plan_stages
-from solver.samplers.latents import decode, denoiser, is_video, latent_shape, patch_size, vae_factor
+from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, known_size, plan_stages
+from solver.samplers.latents import decode, default_size, denoiser, is_video, latent_shape, patch_size, vae_factor
 
 OURS = (
     *("prompt", "latents", "height", "width", "num_inference_steps", "sigmas", "timesteps", "guidance_scale"),
@@ -59,12 +59,14 @@ class HiFlowResult(NamedTuple):
         latents_BCHW: of the last size, unpacked.
         stages: the plan that was run, base first.
         sigmas: noise levels that each stage walked: σ of flow models, σ/α of the others.
+        predictions: of x_0 at the last size, by noise level: what a larger stage would follow.
     """
 
     images: list[Tensor]
     latents_BCHW: Tensor
     stages: list[Stage]
     sigmas: list[list[float]]
+    predictions: Trajectory
 
 
 @torch.no_grad()
@@ -80,6 +82,7 @@ def hiflow(
     scheduler: SchedulerMixin | None = None,
     call: dict | None = None,
     ignore_memory: bool = False,
+    smaller: HiFlowResult | None = None,
 ) -> HiFlowResult:
     """Pictures of growing size from one prompt and one seed, or from a batch of both.
 
@@ -91,7 +94,7 @@ def hiflow(
         sizes: in pixels, the one that the model knows first: sides of squares, or (height, width).
         preset: "code" or "paper", or a `plan.Recipe`; with other numbers of steps see `plan.with_steps`.
         image: a picture of the first size to start from instead of rendering it: PIL, or (B or 1, 3, H, W) in [0, 1].
-            Its latents are the reference at every noise level.
+            Its latents are the reference at every noise level. It may be larger than what the model knows.
         guidance_scale: one, or one a stage; by default the recipe's for FLUX.1-dev, else the pipeline's own. Where a
             pipeline calls it `true_cfg_scale`, it is that, with an empty negative prompt unless `call` has one.
         alignment: "full", or less of it, to see what it does: "none" (the last size alone, from noise), "init",
@@ -101,6 +104,9 @@ def hiflow(
         call: further arguments of the pipeline: embeddings, a negative prompt, a control image (which is resized for
             each stage), Kontext's image to edit.
         ignore_memory: go on where the estimate says that it cannot fit.
+        smaller: what an earlier call for the same prompts and seeds left, with fewer of these sizes: only the others
+            are rendered, and the pictures are those of a single call. To choose before enlarging, or to enlarge one
+            base in several ways.
 
     Raises:
         ValueError: anything that does not fit together, said before the first step: sizes, steps, strengths, numbers
@@ -109,7 +115,7 @@ def hiflow(
     if is_video(pipe):
         raise ValueError(f"{type(pipe).__name__} makes videos; HiFlow is for pipelines that make images.")
     recipe = as_recipe(preset)
-    patched = model_patches.takes_patches(pipe)
+    known = None if image is None else default_size(pipe)
     stages = plan_stages(
         sizes,
         recipe,
@@ -117,37 +123,47 @@ def hiflow(
         guidance_scale=guidance_scale,
         alignment=alignment,
         distilled_guidance=bool(denoiser(pipe).config.get("guidance_embeds")),
-        model_patches=patched,
+        model_patches=model_patches.takes_patches(pipe),
+        known=known,
     )
     if image is not None and alignment == "none":
         raise ValueError('alignment="none" renders the last size from noise, so it takes no image.')
     if image is not None and len(stages) == 1:
         raise ValueError(f"sizes={tuple(sizes)} with an image: give its own size and a larger one.")
-    base = _as_size(sizes[0])
+    first = _as_size(sizes[0])
+    base = known_size(first, known, vae_factor(pipe) * patch_size(pipe))
     _check_positions(pipe, stages[-1])
     call, seeds = _picture_call(pipe, prompt, seed, call or {})
     if guidance_scale is not None:
         _check_guidance(pipe, call)
-    start = None if image is None else _given_image(image, base, len(seeds))
+    start = None if image is None else _given_image(image, first, len(seeds))
+    if smaller is not None:
+        _check_smaller(smaller, stages, len(seeds), image)
     if not ignore_memory:
-        check_memory(pipe, stages, len(seeds))
+        rendered = len(smaller.stages) if smaller else 0 if image is None else 1
+        check_memory(pipe, stages[rendered:], len(seeds), call)
 
     with encoded_once(pipe):
         run = _Run(pipe, recipe, base, scheduler, call, seeds)
-        return _cascade(run, stages, start)
+        return _cascade(run, stages, start, smaller)
 
 
-def _cascade(run: "_Run", stages: list[Stage], start: Tensor | None) -> HiFlowResult:
-    """All stages; from the second on where the first picture is given."""
+def _cascade(run: "_Run", stages: list[Stage], start: Tensor | None, smaller: HiFlowResult | None) -> HiFlowResult:
+    """All stages; from the second on where the first picture is given, and after those that were run before."""
     pipe = run.pipe
     generators = [torch.Generator().manual_seed(seed) for seed in run.seeds]
     images, walked, reference, latents = [], [], None, None
     if start is not None:
         images, stages = [start], stages[1:]
-    for stage in stages:
+    if smaller is not None:
+        images, walked, reference = [*smaller.images], [*smaller.sigmas], smaller.predictions
+    rendered = len(walked)
+    for i, stage in enumerate(stages):
         noise = torch.stack(
             [torch.randn(latent_shape(pipe, stage.height, stage.width), generator=g) for g in generators]
         )
+        if i < rendered:  # its noise is drawn all the same, so that the next one is what it would be in a single call
+            continue
         with tiled_where_needed(pipe, stage.height, stage.width):
             if images:
                 clean, reference = run.enlarged(stage, images[-1], reference)
@@ -158,13 +174,14 @@ def _cascade(run: "_Run", stages: list[Stage], start: Tensor | None) -> HiFlowRe
             images.append(decode(pipe, latents))
             pipe.maybe_free_model_hooks()
         walked.append(sigmas)
-    return HiFlowResult(images, latents, stages, walked)
+    return HiFlowResult(images, latents, stages, walked, reference)
 
 
 class _Run:
     """What all stages share: what was given, and the noise levels.
 
     Attributes:
+        base: the size whose shift and positions all stages keep.
         kind: what the model predicts.
         grid: of a flow model's base run, before a learned solver moves it. No stage shifts it again for its own size:
             at 4096² FLUX's shift would leave next to nothing but noise until the last step.
@@ -288,6 +305,8 @@ def _picture_call(pipe, prompt, seed, call: dict) -> tuple[dict, list[int]]:
         raise ValueError(f"call has {', '.join(ours)}: hiflow says these itself, through its own arguments.")
     if unknown := sorted(set(call) - set(inspect.signature(pipe.__call__).parameters)):
         raise ValueError(f"call has {', '.join(unknown)}, which {type(pipe).__name__} does not take.")
+    if call.get("eta"):
+        raise ValueError(f"eta={call['eta']}: HiFlow's stages are deterministic, leave it out.")
     seeds = [int(seed)] if isinstance(seed, Integral) else [int(one) for one in seed]
     if prompt is None:
         if call.get("prompt_embeds") is None:
@@ -333,6 +352,21 @@ def _given_image(image, base: tuple[int, int], batch: int) -> Tensor:
     if not (picture.min() >= 0 and picture.max() <= 1):
         raise ValueError(f"image has values from {picture.min():g} to {picture.max():g}: expected [0, 1].")
     return picture.expand(batch, -1, -1, -1)
+
+
+def _check_smaller(smaller: HiFlowResult, stages: list[Stage], batch: int, image) -> None:
+    """Raises ValueError unless the earlier result is the beginning of this run."""
+    if image is not None:
+        raise ValueError("image and smaller are both given: one of them is what to start from.")
+    done = smaller.stages
+    if len(done) >= len(stages) or done != stages[: len(done)]:
+        sizes = [[f"{stage.height} x {stage.width}" for stage in plan] for plan in (done, stages)]
+        raise ValueError(
+            f"smaller has {', '.join(sizes[0])}, and {', '.join(sizes[1])} are to be rendered: it has to be the "
+            "beginning of that, with the same steps, guidance and recipe."
+        )
+    if len(smaller.images[0]) != batch:
+        raise ValueError(f"smaller has {len(smaller.images[0])} pictures, but there are {batch} seeds.")
 
 
 def _check_positions(pipe: DiffusionPipeline, largest: Stage) -> None:

@@ -12,7 +12,7 @@ import sample
 from evaluation.rendering import load_pipeline
 from solver.samplers.calls import text_length
 from solver.samplers.hiflow.explain import FAMILIES, as_table, explain
-from solver.samplers.hiflow.plan import PRESETS, plan_stages, with_changes, with_steps
+from solver.samplers.hiflow.plan import PRESETS, known_size, plan_stages, with_changes, with_steps
 from solver.samplers.latents import initial_noise, latent_shape, pack
 
 LADDER = (1024, 2048, 4096)
@@ -52,6 +52,7 @@ def test_flops_and_memory_of_the_codes_ladder():
     assert small + middle + large == pytest.approx(48000, rel=0.02)
     assert large / (small + middle + large) == pytest.approx(0.81, abs=0.01)
     assert 40 < report["memory_gib"] < 60
+    assert explain("flux", LADDER[:2])["memory_gib"] < report["memory_gib"]
     plain = explain("flux", LADDER, replace(CODE, shifted_patches=False))["tflops"]["per_stage"]
     steps = (30, 16, 10)
     assert [total / k for total, k in zip(plain, steps, strict=True)] == pytest.approx([74.4, 418, 3908], rel=2e-3)
@@ -97,6 +98,14 @@ def test_other_sizes_and_step_counts():
     changed = with_changes(CODE, tau=(0.5,), alpha=None)
     assert changed.stage_steps is None and changed.alpha == CODE.alpha
     assert [stage.steps for stage in plan_stages((64, 128), changed, 16)] == [30, 15]
+
+
+def test_a_given_image_may_be_larger_than_what_the_model_knows():
+    assert known_size((1024, 1024), None, 16) == known_size((1024, 1024), (1024, 1024), 16) == (1024, 1024)
+    assert known_size((512, 512), (1024, 1024), 16) == (512, 512)
+    assert known_size((1536, 2048), (1024, 1024), 16) == (880, 1184)  # 4 to 3, of 1024² pixels
+    _, stage = plan_stages((2048, 4096), PAPER, 16, known=(1024, 1024))
+    assert stage.text_copies == (4, 4)
 
 
 def test_ablations():

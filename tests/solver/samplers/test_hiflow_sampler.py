@@ -30,9 +30,11 @@ from solver.samplers.calls import guidance
 from solver.samplers.hiflow import PRESETS, hiflow, with_steps
 from solver.samplers.hiflow.alignment import enlarge, sharpen
 from solver.samplers.hiflow.lowpass import lowpass
+from solver.samplers.hiflow.memory import check_memory
 from solver.samplers.hiflow.noise import clean_image, model_output_of, noised, stage_solver
 from solver.samplers.hiflow.pixels import encode, tiled_where_needed
-from solver.samplers.latents import decode, latent_shape, pack, unpack
+from solver.samplers.hiflow.plan import plan_stages
+from solver.samplers.latents import decode, denoiser, latent_shape, pack, unpack
 
 N, K = 5, 3
 ZOO = Path(__file__).parents[3] / "zoo"
@@ -257,11 +259,11 @@ def test_the_pipeline_is_as_it_was():
     assert "encode_prompt" not in vars(pipe)
 
 
-def test_tiling_only_above_2048_and_only_inside():
+def test_tiling_only_above_1536_and_only_inside():
     pipe, _ = prepared("sd")
-    with tiled_where_needed(pipe, 2048, 2048):
+    with tiled_where_needed(pipe, 1536, 1536):
         assert not pipe.vae.use_tiling
-    with tiled_where_needed(pipe, 2064, 2048):
+    with tiled_where_needed(pipe, 1552, 1536):
         assert pipe.vae.use_tiling
     assert not pipe.vae.use_tiling
     pipe.vae.enable_tiling()
@@ -296,7 +298,56 @@ def test_every_switch_matters():
     assert len(results["none"].images) == 1 and len(results["none"].sigmas[0]) == N + 1
 
 
+# ---- after a smaller run ----
+
+
+@pytest.mark.parametrize(("family", "preset"), [("flux", "code"), ("sd", "paper")])
+def test_a_smaller_result_goes_on_as_if_it_had_not_stopped(family, preset):
+    pipe, call = prepared(family, batch_size=2)
+    recipe = with_steps(PRESETS[preset], N)
+    given = {"preset": recipe, "guidance_scale": 2.0, "call": call}
+    whole = hiflow(pipe, None, [7, 8], (32, 48, 64), **given)
+    evaluations = []
+    denoiser(pipe).register_forward_pre_hook(lambda *_: evaluations.append(1))
+    result = hiflow(pipe, None, [7, 8], (32,), **given)
+    assert len(evaluations) == N
+    for sizes in ((32, 48), (32, 48, 64)):
+        result = hiflow(pipe, None, [7, 8], sizes, smaller=result, **given)
+    assert len(evaluations) == sum(stage.steps for stage in whole.stages)
+    assert all(torch.equal(a, b) for a, b in zip(whole.images, result.images, strict=True))
+    assert (whole.stages, whole.sigmas) == (result.stages, result.sigmas)
+
+
+def test_a_smaller_result_that_is_no_beginning_is_refused():
+    pipe, call = prepared("sd")
+    small = hiflow(pipe, None, 1, (32,), CODE, call=call)
+    given = {"prompt": None, "seed": 1, "sizes": (32, 64), "preset": CODE, "call": call, "smaller": small}
+    cases = [
+        ("32 x 32, and 48 x 48, 64 x 64 are to be rendered", {"sizes": (48, 64)}),
+        ("the same steps", {"preset": with_steps(CODE, 7)}),
+        ("the same steps, guidance", {"guidance_scale": 5.0}),
+        ("has to be the beginning", {"alignment": "none"}),
+        ("has to be the beginning", {"sizes": (32,)}),
+        ("smaller has 1 pictures, but there are 2 seeds", {"seed": [1, 2], "call": prepared("sd", 2)[1]}),
+        ("image and smaller are both given", {"image": torch.rand(3, 32, 32)}),
+    ]
+    for message, changes in cases:
+        with pytest.raises(ValueError, match=message):
+            hiflow(pipe, **{**given, **changes})
+
+
 # ---- a given image ----
+
+
+def test_an_image_larger_than_the_model_knows_is_no_base():
+    """The grid is shifted, and attention scaled, as for the model's own size."""
+    pipe, call = prepared("flux")
+    pipe.default_sample_size = 16  # latents of 2 pixels: 32
+    small = hiflow(pipe, None, 1, (32, 64), CODE, image=torch.rand(3, 32, 32), call=call)
+    large = hiflow(pipe, None, 1, (64, 96), CODE, image=torch.rand(3, 64, 64), call=call)
+    assert large.sigmas == small.sigmas
+    pipe.default_sample_size = 32
+    assert hiflow(pipe, None, 1, (64, 96), CODE, image=torch.rand(3, 64, 64), call=call).sigmas != small.sigmas
 
 
 def test_a_given_image_is_enlarged():
@@ -519,6 +570,7 @@ def test_bad_input_is_refused_before_anything_runs():
         ("3 prompts, but 1 seeds", {"prompt": ["a", "b", "c"]}),
         ("neither a prompt nor", {"call": {}}),
         ("latents: hiflow says these itself", {"call": {**call, "latents": torch.zeros(1)}}),
+        ("eta=0.5: .* deterministic", {"call": {**call, "eta": 0.5}}),
         ("true_cfg_scale, which StableDiffusionPipeline does not take", {"call": {**call, "true_cfg_scale": 2}}),
         ("multiples of 2", {"sizes": (32, 63)}),
         ("sizes begin with 48 x 48", {"sizes": (48, 64), "image": image}),
@@ -534,6 +586,18 @@ def test_bad_input_is_refused_before_anything_runs():
         given = {"prompt": None, "seed": 1, "sizes": (32, 64), "preset": CODE, "call": call, **changes}
         with pytest.raises(ValueError, match=message):
             hiflow(pipe, **given)
+
+
+def test_memory_counts_the_text_and_what_kontext_edits():
+    pipe, call = prepared("flux-kontext")
+    stages = plan_stages((32, 64), CODE, 4)
+    check_memory(pipe, stages, 1, call)
+    del call["image"]
+    long = {**call, "prompt_embeds": torch.empty(1, 10**10, 16, device="meta")}
+    large = {**call, "image": torch.empty(1, 4, 10**5, 10**5, device="meta")}
+    for given in (long, large):
+        with pytest.raises(ValueError, match="64 x 64 in a batch of 1 needs about"):
+            check_memory(pipe, stages, 1, given)
 
 
 def test_families_that_cannot():
