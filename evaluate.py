@@ -11,27 +11,13 @@ the same command goes on after an interruption, and measures only what is new af
 """
 
 import logging
-import sys
-from dataclasses import MISSING, fields
 
-from data.command_line import errors_as_sentences
+from data.command_line import answer_help, errors_as_sentences
 from evaluation.config import EvaluationConfig
 
 
-def help_text() -> str:
-    """What --help shows; transformers and trl, which parse the rest, take seconds to import."""
-    lines = [__doc__, "options, in the YAML file or on the command line:"]
-    for knob in fields(EvaluationConfig):
-        default = knob.default_factory() if knob.default_factory is not MISSING else knob.default
-        note = "required" if default is MISSING else f"default {default}"
-        lines.append(f"  --{knob.name:<20} {knob.metadata['help']} ({note})")
-    return "\n".join(lines)
-
-
 def main(args: list[str] | None = None) -> dict:
-    if {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
-        print(help_text())
-        sys.exit(0)
+    answer_help(args, __doc__, EvaluationConfig)
     from trl import TrlParser
 
     from evaluation.run import evaluate

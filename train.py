@@ -45,7 +45,9 @@ def prepare(arguments: list[str] | None) -> "tuple[ConsistencySolverTrainer, str
     from solver.trainer import ConsistencySolverTrainer
     from solver.trainer_config import ConsistencySolverConfig
 
-    config, args = TrlParser((SolverRunConfig, ConsistencySolverConfig)).parse_args_and_config(arguments)
+    config, args = TrlParser((SolverRunConfig, ConsistencySolverConfig), allow_abbrev=False).parse_args_and_config(
+        arguments
+    )
     # Trainer looks for the last checkpoint itself where it is told `True`.
     checkpoint = {"last": True}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
     check_output(Path(args.output_dir), checkpoint)

@@ -259,7 +259,7 @@ def main(args: list[str] | None = None) -> Report:
     answer_help(args, __doc__, BuildConfig)
     from trl import TrlParser
 
-    (config,) = TrlParser((BuildConfig,)).parse_args_and_config(args)
+    (config,) = TrlParser((BuildConfig,), allow_abbrev=False).parse_args_and_config(args)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("data").setLevel(logging.INFO)
     return build(config)

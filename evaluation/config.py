@@ -8,7 +8,7 @@ from types import UnionType
 from typing import get_args, get_origin, get_type_hints
 
 from data.build_config import PUBLISHED_SCHEDULER, PUBLISHED_SCHEDULER_KWARGS
-from data.command_line import DTYPES, check_dtype, check_whole
+from data.command_line import DTYPES, as_list, check_dtype, check_whole
 
 KEPT_IMAGES = 8  # of a cell, for the contact sheet
 MOST_STEPS = 999  # noise schedules have 1000 timesteps; with as many steps as that some solvers divide by zero
@@ -88,12 +88,12 @@ class Columns:
             raise ValueError(
                 f"columns {given}: expected the keys guidance_scale, steps, num_prompts and any of {names[3:]}."
             )
-        only = given.get("only")
+        only = as_list(given.get("only"))
         if only is not None:
             if not isinstance(only, list) or not only or not all(isinstance(name, str) for name in only):
                 raise ValueError(f"columns: only={only!r}: expected a list of names of rows.")
             given["only"] = tuple(only)
-        given["steps"] = check_step_list("columns: steps", given["steps"])
+        given["steps"] = check_step_list("columns: steps", as_list(given["steps"]))
         given["guidance_scale"] = check_guidance("columns: guidance_scale", given["guidance_scale"])
         return cls(**given)
 
@@ -214,8 +214,8 @@ class EvaluationConfig:
             if get_origin(hint) is list:
                 (kind,) = get_args(hint)
                 kind = kind | None if name == "reward_models" else kind
-                if not isinstance(value, list):
-                    raise ValueError(f"{name}={value!r}: expected a list.")
+                value = as_list(value)
+                setattr(self, name, value)
                 if name not in ("columns", "extra") and not all(_fits(entry, kind) for entry in value):
                     raise ValueError(f"{name}={value!r}: expected a list of {KINDS[get_args(hint)[0]]} each.")
             elif not _fits(value, hint):

@@ -173,7 +173,7 @@ def bake_amed(
 def main(arguments: list[str] | None = None) -> None:
     from trl import TrlParser
 
-    (config,) = TrlParser((AmedConfig,)).parse_args_and_config(arguments)
+    (config,) = TrlParser((AmedConfig,), allow_abbrev=False).parse_args_and_config(arguments)
     fit(config)
     counts = ", ".join(map(str, config.evaluations))
     print(f"{config.output_dir}: AMED's steps for {counts} evaluations, guidance {config.guidance_scale:g}.")

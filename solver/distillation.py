@@ -291,7 +291,7 @@ def distill(config: DistillationConfig) -> ConsistencySolverScheduler:
 def main(arguments: list[str] | None = None) -> None:
     from trl import TrlParser
 
-    (config,) = TrlParser((DistillationConfig,)).parse_args_and_config(arguments)
+    (config,) = TrlParser((DistillationConfig,), allow_abbrev=False).parse_args_and_config(arguments)
     distill(config)
     print(f"{config.output_dir}: a solver whose weights follow the teacher's trajectories.")
 

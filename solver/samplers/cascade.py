@@ -55,7 +55,8 @@ class Segment(NamedTuple):
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
     """Whether a scheduler belongs to a flow model."""
-    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+    named = any("FlowMatch" in kind.__name__ for kind in type(scheduler).__mro__)
+    return named or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
 @torch.no_grad()

@@ -41,14 +41,9 @@ def test_a_good_config_is_read(tmp_path):
         ({"num_inference_steps": 1000}, "num_inference_steps=1000: expected 1 to 999"),
         ({"num_inference_steps": 40.5}, "num_inference_steps=40.5: expected a whole number"),
         ({"columns": [CELL | {"steps": [1000]}]}, r"steps=\[1000\]: expected whole numbers from 1 to 999"),
-        ({"solvers": "ddim"}, "solvers='ddim': expected a list"),
-        ({"rewards": "pixels"}, "rewards='pixels': expected a list"),
         ({"rewards": [3]}, r"rewards=\[3\]: expected a list of text"),
-        ({"columns": 3}, "columns=3: expected a list"),
-        ({"columns": [3]}, "columns: 3 is no mapping"),
+        ({"columns": 3}, "columns: 3 is no mapping"),
         ({"columns": ["[3]"]}, r"columns: '\[3\]' is no mapping"),
-        ({"columns": [CELL | {"steps": 3}]}, "columns: steps=3: expected whole numbers from 1 to 999, in a list"),
-        ({"columns": [CELL | {"only": "ddim"}]}, "columns: only='ddim': expected a list"),
         ({"columns": [CELL | {"guidance_scale": float("nan")}]}, "columns: guidance_scale=nan: expected a number"),
         ({"columns": [CELL | {"guidance_scale": "high"}]}, "columns: guidance_scale='high': expected a number"),
         ({"columns": [CELL | {"num_prompts": "many"}]}, "columns: num_prompts='many': expected a whole number"),
@@ -58,12 +53,18 @@ def test_a_good_config_is_read(tmp_path):
         ({"dtype": "fp16"}, "dtype='fp16': expected one of float32"),
         ({"batch_size": True}, "batch_size=True: expected a whole number"),
         ({"fid": 3}, "fid=3: expected true or false"),
-        ({"sheet_steps": 3}, "sheet_steps=3: expected a list"),
     ],
 )
 def test_configs(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, **changes)
+
+
+def test_a_single_value_is_a_list_of_one(tmp_path):
+    columns = CELL | {"steps": 3, "only": "ddim"}
+    config = read(tmp_path, solvers="ddim", rewards="pixels", sheet_steps=3, columns=columns)
+    assert (config.solvers, config.rewards, config.sheet_steps) == (["ddim"], ["pixels"], [3])
+    assert (config.columns[0].steps, config.columns[0].only) == ((3,), ("ddim",))
 
 
 def test_abbreviated_flags_are_unknown(tmp_path):
