@@ -1,0 +1,275 @@
+"""The page: which function each of its components calls.
+
+`build(table, output)` makes it, `serve(table, output)` starts a server. What the functions here answer is text,
+numbers, or files that a visit wrote under `output`; what a visitor typed reaches HTML through `wording` alone.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import gradio as gr
+import torch
+
+from evaluation.recipe import METHODS
+from lighttable import runs, wording
+from lighttable.components import CSS, Parts, lay_out, theme
+from lighttable.form import Form, FormError, compared, picks, recipes
+from lighttable.table import LightTable, Stopped
+from lighttable.visit import Kept, Visit
+
+log = logging.getLogger(__name__)
+PROGRESS = gr.Progress()  # as a default argument, it asks gradio for the event's own
+AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+STOPPED = "Stopped. What was finished is in the history."
+KEPT_SECONDS = 24 * 3600  # of gradio's copies of pictures
+
+
+def build(table: LightTable, output: Path) -> gr.Blocks:
+    """The page of a light table whose visits write under `output`."""
+    with gr.Blocks(title="Light table", analytics_enabled=False, delete_cache=(3600, KEPT_SECONDS)) as page:
+        parts = lay_out(table, forget=lambda visit: visit and visit.end())
+        _wire(page, parts, Events(table, output, parts))
+    return page
+
+
+def serve(table: LightTable, output: Path, waiting: int = 16, **launch) -> gr.Blocks:
+    """Starts the server; what it serves is under `output`.
+
+    Args:
+        table: the light table.
+        output: folder of all pictures.
+        waiting: visitors who may wait for the device; the next one is told to come back.
+        launch: of `gradio.Blocks.launch`: `server_name`, `server_port`, ...
+    """
+    output = output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(output)  # the one folder that gradio serves files from
+    page = build(table, output / "visits")
+    page.queue(max_size=waiting, api_open=False)
+    looks = {"css": CSS, "theme": theme(), "footer_links": ["settings"]}
+    page.launch(show_error=False, max_file_size="1kb", ssr_mode=False, **looks, **launch)
+    return page
+
+
+class Events:
+    """What happens on the page.
+
+    Args:
+        table: the light table, one for all visitors.
+        output: folder of the visits.
+        parts: the components, which are the keys of what is answered.
+    """
+
+    def __init__(self, table: LightTable, output: Path, parts: Parts):
+        self.table, self.output, self.parts = table, output, parts
+        self.visits: dict[str, Visit] = {}  # of pages that are open, by gradio's name of the session
+
+    # Coming and going
+
+    def arrive(self, request: gr.Request) -> Visit:
+        self.visits[request.session_hash] = visit = Visit(self.output)
+        return visit
+
+    def leave(self, request: gr.Request) -> None:
+        """A closed page frees the device; its files stay for an hour, in case it comes back."""
+        visit = self.visits.pop(request.session_hash, None)
+        if visit is not None:
+            visit.stop.set()
+
+    # Before a run
+
+    def cost(self, given: dict) -> dict:
+        """What sheet and comparison will cost, or what is wrong with the form; an empty prompt is not wrong yet."""
+        form, methods = self._form(given), given[self.parts.compare["methods"]]
+        if not (isinstance(form.prompts, str) and form.prompts.strip()):
+            form = replace(form, prompts="?")
+        sheet, error = self._cost(lambda: recipes(form, self.table))
+        rows, compare_error = self._cost(lambda: [one for row in compared(form, methods, self.table) for one in row])
+        if error is None and compare_error is not None and compare_error.field == "methods":
+            error = compare_error
+        return {self.parts.sheet["cost"]: sheet, self.parts.compare["cost"]: rows, **self._messages(error)}
+
+    def _cost(self, ask: Callable) -> tuple[str, FormError | None]:
+        try:
+            return wording.said(wording.costs(self.table.estimate(ask()))), None
+        except FormError as error:
+            return "", error
+
+    # Runs
+
+    def make_sheet(self, given: dict, progress=PROGRESS) -> Iterator[dict]:
+        yield from self._guarded(lambda: self._sheet(given, progress))
+
+    def _sheet(self, given: dict, progress: gr.Progress) -> Iterator[dict]:
+        sheet, visit = self.parts.sheet, self._visit(given)
+        asked = recipes(self._form(given), self.table)
+        several = len({recipe.prompt for recipe in asked}) > 1
+        no_picks = gr.update(choices=[], value=[])
+        yield {sheet["gallery"]: [], sheet["picks"]: no_picks} | {
+            sheet["slider"]: None,
+            sheet["refined"]: [],
+            sheet["scores"]: "",
+        }
+        for made in runs.sheet(self.table, visit, asked, visit.begin(), told(progress, len(asked))):
+            yield {
+                sheet["gallery"]: shown(made, several),
+                sheet["picks"]: gr.update(choices=choices(made)),
+                self.parts.status: wording.said(f"{len(made)} of {wording.count(len(asked), 'picture')}."),
+            }
+
+    def refine(self, given: dict, progress=PROGRESS) -> Iterator[dict]:
+        yield from self._guarded(lambda: self._refine(given, progress))
+
+    def _refine(self, given: dict, progress: gr.Progress) -> Iterator[dict]:
+        sheet, visit = self.parts.sheet, self._visit(given)
+        numbers = picks(given[sheet["picks"]], len(visit.sheet))
+        estimate = self.table.estimate([kept.recipe for kept in visit.sheet])
+        for pairs in runs.refinements(self.table, visit, numbers, visit.begin(), told(progress, len(numbers))):
+            refined = [pair.full.evaluations for pair in pairs]
+            scores = wording.scores_table((wording.title(pair.preview.recipe), pair.scores) for pair in pairs)
+            yield {
+                sheet["slider"]: pairs[-1].side_by_side(),
+                sheet["refined"]: [(str(pair.full.path), wording.title(pair.full.recipe)) for pair in pairs],
+                sheet["scores"]: scores,
+                self.parts.status: wording.said(wording.saved(estimate, refined, pairs[-1].full.recipe.steps)),
+            }
+
+    def compare(self, given: dict, progress=PROGRESS) -> Iterator[dict]:
+        yield from self._guarded(lambda: self._compare(given, progress))
+
+    def _compare(self, given: dict, progress: gr.Progress) -> Iterator[dict]:
+        visit, galleries = self._visit(given), self.parts.compare["rows"]
+        asked = compared(self._form(given), given[self.parts.compare["methods"]], self.table)
+        total = sum(map(len, asked))
+        yield {gallery: gr.update(value=[], visible=False) for gallery in galleries}
+        for made in runs.comparison(self.table, visit, asked, visit.begin(), told(progress, total)):
+            done = sum(map(len, made))
+            rows = {
+                gallery: gr.update(value=shown(row), label=METHODS[row[0].recipe.method], visible=True)
+                for gallery, row in zip(galleries, made, strict=False)
+                if row
+            }
+            yield rows | {self.parts.status: wording.said(f"{done} of {wording.count(total, 'picture')}.")}
+
+    def stop(self, visit: Visit | None) -> str:
+        if visit is not None:
+            visit.stop.set()
+        return wording.said(STOPPED)
+
+    # Looking
+
+    def toggle(self, picked: list | None, event: gr.SelectData) -> list:
+        """A picture that was clicked is picked, or no longer."""
+        number, picked = str(event.index + 1), picked or []
+        return [other for other in picked if other != number] if number in picked else [*picked, number]
+
+    def look(self, visit: Visit | None, event: gr.SelectData):
+        """A refined picture beside its preview."""
+        pairs = visit.refined if visit else []
+        return pairs[event.index].side_by_side() if event.index < len(pairs) else None
+
+    def history(self, visit: Visit | None) -> tuple:
+        made = visit.history[::-1] if visit else []
+        pictures = [(str(kept.path), wording.title(kept.recipe)) for kept in made]
+        return pictures, [str(kept.path) for kept in made], ""
+
+    def facts(self, visit: Visit | None, event: gr.SelectData) -> str:
+        made = visit.history[::-1] if visit else []
+        return wording.facts_table(made[event.index].facts) if event.index < len(made) else ""
+
+    # Shared
+
+    def _guarded(self, run: Callable[[], Iterator[dict]]) -> Iterator[dict]:
+        """What a run yields, after the messages of the last one; an error is a sentence, next to its field if any."""
+        status = self.parts.status
+        yield self._messages() | {status: ""}
+        try:
+            yield from run()
+        except FormError as error:
+            yield self._messages(error)
+        except Stopped:
+            yield {status: wording.said(STOPPED)}
+        except torch.OutOfMemoryError:
+            yield {status: wording.wrong("The device has too little memory for this size; choose a smaller one.")}
+        except (ValueError, OSError) as error:
+            log.warning("%s", error)
+            yield {status: wording.wrong(str(error))}
+        except Exception:  # the page's edge: the visitor gets a sentence, the log the rest, and the server lives on
+            log.exception("A run failed.")
+            yield {status: wording.wrong("Something went wrong; the server's log says what. Please try again.")}
+
+    def _messages(self, error: FormError | None = None) -> dict:
+        """All places for messages: empty, but that of the error."""
+        field = error.field if error else None
+        return {
+            slot: gr.update(value=wording.wrong(str(error)) if name == field else "", visible=name == field)
+            for name, slot in self.parts.slots.items()
+        }
+
+    def _form(self, given: dict) -> Form:
+        return Form(**{name: given[component] for name, component in self.parts.fields.items()})
+
+    def _visit(self, given: dict) -> Visit:
+        """Raises ValueError for a visitor whom the server does not know, or no longer."""
+        visit = given[self.parts.visit]
+        if visit is None:
+            raise ValueError("The server does not know this page any more; please reload it.")
+        return visit
+
+
+def _wire(page: gr.Blocks, parts: Parts, events: Events) -> None:
+    """Which component calls what."""
+    visit, sheet, compare, history = parts.visit, parts.sheet, parts.compare, parts.history
+    form, places = [*parts.fields.values()], [parts.status, *parts.slots.values()]
+    costs = {
+        "fn": events.cost,
+        "inputs": {*form, compare["methods"]},
+        "outputs": [sheet["cost"], compare["cost"], *places[1:]],
+    }
+    page.load(events.arrive, None, visit, **AT_ONCE).then(**costs, **AT_ONCE)
+    page.unload(events.leave)
+    changes = [component.change for component in (*form, compare["methods"])]
+    gr.on(changes, **costs, trigger_mode="always_last", **AT_ONCE)
+
+    result = [sheet["slider"], sheet["refined"], sheet["scores"]]
+    device = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
+    device["show_progress_on"] = parts.status
+    running = [
+        gr.on(
+            [sheet["run"].click, parts.fields["prompts"].submit],
+            events.make_sheet,
+            {visit, *form},
+            [sheet["gallery"], sheet["picks"], *result, *places],
+            **device,
+        ),
+        sheet["refine"].click(events.refine, {visit, sheet["picks"]}, [*result, *places], **device),
+        compare["run"].click(
+            events.compare, {visit, *form, compare["methods"]}, [*compare["rows"], *places], **device
+        ),
+    ]
+    past = (events.history, visit, [history["gallery"], history["files"], history["facts"]])
+    for run in running:
+        run.then(*past, **AT_ONCE)
+    for part in (sheet, compare):
+        part["stop"].click(events.stop, visit, parts.status, cancels=running, **AT_ONCE).then(*past, **AT_ONCE)
+    sheet["gallery"].select(events.toggle, sheet["picks"], sheet["picks"], **AT_ONCE)
+    sheet["refined"].select(events.look, visit, sheet["slider"], **AT_ONCE)
+    history["gallery"].select(events.facts, visit, history["facts"], **AT_ONCE)
+
+
+def told(progress: gr.Progress, pictures: int) -> Callable[[float], None]:
+    """Tells gradio's progress bar the share that is done."""
+    return lambda share: progress(share, desc=f"Picture {min(int(share * pictures) + 1, pictures)} of {pictures}")
+
+
+def shown(made: list[Kept], several: bool = False) -> list[tuple[str, str]]:
+    """A gallery's pictures and captions."""
+    return [(str(kept.path), wording.caption(n, kept.recipe, several)) for n, kept in enumerate(made, start=1)]
+
+
+def choices(made: list[Kept]) -> list[tuple[str, str]]:
+    """The pictures that can be picked: what the visitor reads, and their number."""
+    return [(f"{n} · seed {kept.recipe.seed}", str(n)) for n, kept in enumerate(made, start=1)]
