@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo app test test-slow test-browser lint clean
 
 demo: .venv/installed
 	$(BIN)/python -m data.build --config configs/build_demo.yaml
@@ -17,11 +17,22 @@ demo: .venv/installed
 	@cat outputs/demo/table.md
 	@echo "Look at outputs/demo/contact_sheet.png; the solver is in outputs/demo/solver."
 
+# The light table, with the solver of `make demo` if there is one.
+app: .venv/installed-demo
+	$(BIN)/python app.py --model zoo/mini-sd --reward depth=zoo/depth clip=zoo/clip dino=zoo/dino \
+		$(addprefix --solver ,$(wildcard runs/demo/best))
+
 test: .venv/installed-dev lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 test-slow: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+# In Debian's Chromium if it is installed (apt-get install chromium), else in playwright's own.
+test-browser: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet playwright
+	command -v chromium > /dev/null || $(BIN)/python -m playwright install chromium
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser tests/browser
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -35,6 +46,10 @@ lint: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+.venv/installed-demo: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
 	touch $@
 
 clean:
