@@ -1,0 +1,100 @@
+"""HiFlow's table and contact sheet, from what was seen of each row."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from benchmarks.hiflow_measures import estimates
+from benchmarks.hiflow_rows import BICUBIC, DIRECT, FULL
+from evaluation.contact_sheet import FAINT, GAP, INK, MARGIN, PAPER
+
+RENDERED, OTHERS = "rendered", "other scenes"
+COLUMNS = {  # name -> heading, digits, factor
+    "frechet": ("Fréchet ↓", 2, 1),
+    "frechet_patches": ("Fréchet, patches ↓", 2, 1),
+    "caption_check": ("caption check, % ↑", 1, 100),
+    "low_band": ("low band ↑", 4, 1),
+    "edge_sharpness": ("edge sharpness ↑", 3, 1),
+}
+TILE, CAPTION, HEAD = 256, 170, 40  # pixels
+
+
+def summary(seen: dict[str, dict[str, Tensor]], size: int) -> dict[str, dict]:
+    """The numbers of each row at a size: value, its interval, and the paired difference to the full method.
+
+    Of other rendered scenes there are the distances only: those of a model without a fault, with as many pictures.
+    """
+    here = {name: _at(size, row) for name, row in seen.items()}
+    numbers = {name: estimates(row, here[RENDERED]) for name, row in here.items()}
+    numbers[OTHERS] = {name: value for name, value in numbers[OTHERS].items() if name.startswith("frechet")}
+    report = {}
+    for row, values in numbers.items():
+        report[row] = {}
+        for name, estimate in values.items():
+            less = estimate - numbers[FULL][name]
+            difference = {} if row == FULL else {"minus_full": less.value, "minus_full_ci95": less.ci95}
+            report[row][name] = {"value": estimate.value, "ci95": estimate.ci95, **difference}
+    return report
+
+
+def _at(size: int, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{size}."): value for key, value in seen.items() if key.startswith(f"{size}.")}
+
+
+def table(report: dict) -> str:
+    """A Markdown table a size; in brackets the 95 % interval of the row less the full method."""
+    parts = [
+        f"# HiFlow on {report['model']}, {report['sizes'][0]} px and larger",
+        f"{report['num_prompts']} captions of test scenes, preset {report['preset']}, guidance "
+        f"{report['guidance_scale']}; in brackets the 95 % interval of the row less `{FULL}`, of a paired bootstrap "
+        "over captions. Distances are to the captions' scenes, rendered; those of other rendered scenes are what a "
+        "faultless model would have.",
+    ]
+    for size, rows in report["results"].items():
+        head = ["row", *(heading for heading, _, _ in COLUMNS.values())]
+        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines += [
+            "| " + " | ".join([row, *(_cell(name, values) for name in COLUMNS)]) + " |" for row, values in rows.items()
+        ]
+        parts += [f"## {size} px", "\n".join(lines)]
+    return "\n\n".join(parts)
+
+
+def _cell(name: str, values: dict[str, dict]) -> str:
+    if name not in values:
+        return ""
+    _, digits, factor = COLUMNS[name]
+    number = f"{factor * values[name]['value']:.{digits}f}"
+    if "minus_full_ci95" not in values[name]:
+        return f"**{number}**"
+    low, high = (f"{factor * end:+.{digits}f}" for end in values[name]["minus_full_ci95"])
+    return f"{number} [{low}, {high}]"
+
+
+def draw_sheet(seen: dict[str, dict[str, Tensor]], size: int, prompts: Sequence[str], path: Path) -> None:
+    """Base, bicubic, direct, full and the rendered scene, a row a prompt; pixels stay pixels where a tile has room."""
+    columns = {"base": seen[BICUBIC]["base.shown"]}
+    columns |= {name: seen[name][f"{size}.shown"] for name in (BICUBIC, DIRECT, FULL, RENDERED)}
+    rows = min(len(prompts), len(columns["base"]))
+    width = 2 * MARGIN + CAPTION + len(columns) * (TILE + GAP)
+    sheet = Image.new("RGB", (width, 2 * MARGIN + HEAD + rows * (TILE + GAP)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, pictures) in enumerate(columns.items()):
+        x = MARGIN + CAPTION + i * (TILE + GAP)
+        draw.text((x, MARGIN), name, INK, ImageFont.load_default(17))
+        draw.text((x + TILE, MARGIN + 4), f"{pictures.shape[-1]} px", FAINT, ImageFont.load_default(12), anchor="ra")
+        for row in range(rows):
+            sheet.paste(_tile(pictures[row]), (x, MARGIN + HEAD + row * (TILE + GAP)))
+    for row in range(rows):
+        words = "\n".join(textwrap.wrap(prompts[row], 25))
+        draw.multiline_text((MARGIN, MARGIN + HEAD + row * (TILE + GAP)), words, INK, ImageFont.load_default(12))
+    sheet.save(path)
+
+
+def _tile(image_CHW: Tensor) -> Image.Image:
+    picture = Image.fromarray(image_CHW.permute(1, 2, 0).numpy())
+    sampling = Image.Resampling.NEAREST if picture.width <= TILE else Image.Resampling.LANCZOS
+    return picture.resize((TILE, TILE), sampling)

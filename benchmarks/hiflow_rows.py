@@ -1,0 +1,138 @@
+"""The rows of HiFlow's table, and how their pictures are made from one base run."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from solver.samplers.calls import text_length
+from solver.samplers.hiflow import HiFlowResult, Recipe, hiflow, with_steps
+from solver.samplers.hiflow.alignment import enlarge
+from solver.samplers.hiflow.model_patches import takes_patches
+from solver.samplers.hiflow.noise import prediction_type
+from solver.samplers.hiflow.plan import PRESETS, plan_stages
+
+DIRECT, BICUBIC, FULL = "direct", "bicubic", "full"
+
+
+class Row(NamedTuple):
+    """One way to a large picture.
+
+    Attributes:
+        name: in the table.
+        alignment: of `hiflow`; None where the base picture is only enlarged.
+        recipe: likewise.
+    """
+
+    name: str
+    alignment: str | None
+    recipe: Recipe
+
+
+def main_rows(recipe: Recipe) -> list[Row]:
+    """The paper's ablation and what it is compared with."""
+    return [
+        Row(DIRECT, "none", recipe),
+        Row(BICUBIC, None, recipe),
+        Row("A_i", "init", recipe),
+        Row("A_i + A_d", "init+direction", recipe),
+        Row(FULL, "full", recipe),
+    ]
+
+
+def variants(group: str, recipe: Recipe, pipe: DiffusionPipeline, sizes: Sequence[int]) -> list[Row]:
+    """The full method with other numbers, as far as they make a difference to the pipeline at these sizes.
+
+    Args:
+        group: a key of `GROUPS`.
+        recipe: that of the main rows.
+        pipe: for a UNet there are no changes inside the network.
+        sizes: in pixels, base first.
+    """
+    changed = {label: replace(recipe, **change) for label, change in GROUPS[group].items()}
+    if group == "presets":
+        changed = {name: with_steps(preset, recipe.steps) for name, preset in PRESETS.items()}
+    if group == "network" and not takes_patches(pipe):
+        changed = {}
+    if prediction_type(pipe.scheduler) != "flow":
+        changed = {label: other for label, other in changed.items() if other.acceleration != "fixed-noise"}
+    own = _numbers(recipe, sizes)
+    return [Row(label, "full", other) for label, other in changed.items() if _numbers(other, sizes) != own]
+
+
+def _numbers(recipe: Recipe, sizes: Sequence[int]) -> tuple:
+    """What of a recipe counts at these sizes."""
+    return plan_stages(sizes, recipe, 1), recipe.start, recipe.acceleration
+
+
+GROUPS = {
+    "presets": {},
+    "start": {f"start {value}": {"start": value} for value in ("image", "prediction")},
+    "acceleration": {f"acceleration {rule}": {"acceleration": rule} for rule in ("code", "eq10", "fixed-noise")},
+    "cutoff": {f"cutoff {value}": {"cutoff": (value,)} for value in (0.1, 0.2, 0.3, 0.4, 0.6)},
+    "alpha": {f"alpha {value}": {"alpha": (value,)} for value in (0.25, 0.5, 1.0)},
+    "beta": {f"beta {value}": {"beta": (value,)} for value in (0.25, 0.5, 1.0)},
+    "network": {
+        "ntk 1": {"ntk_factor": (1.0,)},
+        "ntk 4": {"ntk_factor": (4.0,)},
+        "plain attention": {"proportional_attention": False},
+        "patches in place": {"shifted_patches": False},
+    },
+}
+
+
+class Artist:
+    """Makes the pictures of a batch, row by row; the base run is made once.
+
+    Args:
+        pipe: the pipeline.
+        sizes: in pixels, base first.
+        guidance_scale: one, or one a stage.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, sizes: Sequence[int], guidance_scale: float | list[float]):
+        self.pipe, self.sizes, self.guidance_scale = pipe, tuple(sizes), guidance_scale
+        self.call = text_length(pipe)
+
+    def evaluations(self, row: Row) -> Iterator[tuple[int, int]]:
+        """(size, evaluations of the network) of each of the row's stages after the base, guidance included."""
+        if row.alignment == "none":
+            yield from ((size, row.recipe.steps) for size in self.sizes[1:])
+        elif row.alignment is not None:
+            for stage in plan_stages(self.sizes, row.recipe, 1)[1:]:
+                yield stage.height, stage.steps
+
+    def seconds_per_evaluation(self, recipe: Recipe, size: int, steps: int = 2, pictures: int = 2) -> float:
+        """Of one picture, its share of the decoding included; the second of two small runs."""
+        given = {"guidance_scale": self.guidance_scale, "alignment": "none", "call": self.call}
+        if isinstance(self.guidance_scale, list):
+            given["guidance_scale"] = self.guidance_scale[-1]
+        for repeat in range(2):
+            batch = pictures if repeat else 1
+            start = time.perf_counter()
+            hiflow(self.pipe, ["a red ring"] * batch, range(batch), (size,), with_steps(recipe, steps), **given)
+        return (time.perf_counter() - start) / steps / pictures
+
+    def base(self, recipe: Recipe, prompts: Sequence[str], seeds: Sequence[int]) -> HiFlowResult:
+        """The pictures of the first size, and the predictions that the large ones follow."""
+        first = self.guidance_scale[0] if isinstance(self.guidance_scale, list) else self.guidance_scale
+        return hiflow(self.pipe, prompts, seeds, self.sizes[:1], recipe, guidance_scale=first, call=self.call)
+
+    def draw(self, row: Row, base: HiFlowResult, prompts: Sequence[str], seeds: Sequence[int]) -> list[Tensor]:
+        """float (B, 3, H, W) in [0, 1] for each of the larger sizes."""
+        if row.alignment is None:
+            return [enlarge(base.images[0], size, size).clamp(0, 1) for size in self.sizes[1:]]
+        given = {"guidance_scale": self.guidance_scale, "alignment": row.alignment, "call": self.call}
+        if row.alignment != "none":
+            result = hiflow(self.pipe, prompts, seeds, self.sizes, row.recipe, smaller=base, **given)
+            return result.images[1:]
+        drawn = []
+        for i, size in enumerate(self.sizes[1:], 1):
+            if isinstance(self.guidance_scale, list):
+                given["guidance_scale"] = [self.guidance_scale[0], self.guidance_scale[i]]
+            sizes = (self.sizes[0], size)
+            drawn += hiflow(self.pipe, prompts, seeds, sizes, row.recipe, **given).images
+        return drawn
