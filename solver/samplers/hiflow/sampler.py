@@ -115,7 +115,8 @@ def hiflow(
     if is_video(pipe):
         raise ValueError(f"{type(pipe).__name__} makes videos; HiFlow is for pipelines that make images.")
     recipe = as_recipe(preset)
-    known = None if image is None else default_size(pipe)
+    # Of a rendered base the first size is the model's own. UNets and PixArt keep neither shift nor positions.
+    known = default_size(pipe) if image is not None and hasattr(pipe, "default_sample_size") else None
     stages = plan_stages(
         sizes,
         recipe,
