@@ -1,0 +1,103 @@
+"""What the commands share: their arguments, the model and what looks at its pictures, and the files they write."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from benchmarks.quality.lines import lines_of
+from benchmarks.quality.report import draw_figure, report_of, table, write_json
+from benchmarks.quality.sheet import draw_sheet
+from benchmarks.quality.study import Measured, Row, Study
+from data.prompts import read_prompts
+from evaluation.instruments import Instruments
+from evaluation.metrics import ClipScorer
+from evaluation.rendering import Samples, load_pipeline
+from rewards import load_reward
+
+REWARDS = ("pixels", "dino", "clip", "depth", "segmentation")
+
+
+def parser_of(doc: str, output: str, num_prompts: int) -> argparse.ArgumentParser:
+    """The arguments that the commands have in common."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="zoo/mini-flux")
+    parser.add_argument("--zoo", type=Path, default=Path("zoo"), help="folder of dino, clip, depth and segmentation")
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder of the results and of the cache")
+    parser.add_argument("--prompts", default="scenes:test", help="as data.prompts has it; of the miniature world")
+    parser.add_argument("--num_prompts", type=int, default=num_prompts)
+    parser.add_argument("--size", type=int, default=128, help="of the full picture, in pixels")
+    parser.add_argument("--steps", type=int, default=30, help="of the full run")
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--batch_size", type=int, default=20)
+    parser.add_argument("--device", help="cuda where there is one, if it is left out")
+    return parser
+
+
+def open_model(args: argparse.Namespace) -> DiffusionPipeline:
+    """The pipeline, in float32."""
+    return load_pipeline(args.model, "float32", args.device)
+
+
+def open_instruments(args: argparse.Namespace, device: torch.device) -> Instruments:
+    """Consistency by five rewards, the caption check, and CLIP's score of a picture."""
+    models = {name: None if name == "pixels" else str(args.zoo / name) for name in REWARDS}
+    rewards = {name: load_reward(name, model, device=device) for name, model in models.items()}
+    scorer = ClipScorer(models["clip"], device, rewards["clip"])
+    return Instruments(list(rewards.values()), rewards["segmentation"], scorer)
+
+
+def samples_of(args: argparse.Namespace, seeds_each: int = 1) -> Samples:
+    """The pictures that are made; picture n has seed n, those of one prompt follow each other."""
+    prompts = read_prompts(args.prompts, args.num_prompts).texts
+    prompts = tuple(prompt for prompt in prompts for _ in range(seeds_each))
+    return Samples(prompts, tuple(range(len(prompts))), args.guidance_scale)
+
+
+def run(
+    args: argparse.Namespace,
+    pipe: DiffusionPipeline,
+    rows: Sequence[Row],
+    instruments: Instruments,
+    seeds_each: int = 1,
+) -> tuple[Study, list[Measured]]:
+    """Prints the budget, and measures."""
+    study = Study(pipe, rows, instruments, samples_of(args, seeds_each), args.output / "cache", args.batch_size)
+    print(study.plan(), flush=True)
+    return study, study.measure()
+
+
+def finish(
+    args: argparse.Namespace,
+    study: Study,
+    measured: Sequence[Measured],
+    title: str,
+    mine: str,
+    more: dict,
+    remarks: Sequence[str] = (),
+    seeds_each: int = 1,
+    scenes_MD: Tensor | None = None,
+) -> dict:
+    """Writes metrics.json, table.md, figure.png and contact_sheet.png, prints the table, and returns the numbers.
+
+    Args:
+        title: of the table.
+        mine: the curve that the figure shows in red.
+        more: further numbers for metrics.json.
+        remarks: lines below the table.
+        seeds_each, scenes_MD: as of `lines_of`.
+    """
+    lines = lines_of(study, measured, seeds_each, scenes_MD)
+    about = {"model": args.model, "size": args.size, "steps": args.steps, "prompt_source": args.prompts}
+    report = {**report_of(lines, study, about), **more}
+    args.output.mkdir(parents=True, exist_ok=True)
+    text = table(report, title, remarks)
+    write_json(report, args.output / "metrics.json")
+    (args.output / "table.md").write_text(text)
+    draw_figure(report, mine, args.output / "figure.png")
+    draw_sheet(measured, study.samples, args.output / "contact_sheet.png")
+    print(text)
+    return report
