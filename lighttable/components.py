@@ -101,7 +101,7 @@ def _sheet_tab(parts: Parts) -> None:
     sheet = parts.sheet
     sheet["cost"] = gr.HTML()
     sheet["run"], sheet["stop"] = _run_and_stop("Make the proof sheet")
-    sheet["gallery"] = _gallery("Proof sheet: click a picture to pick it", allow_preview=False)
+    sheet["gallery"] = _gallery("Proof sheet: click a picture to pick it", allow_preview=False, elem_id="sheet")
     sheet["picks"] = gr.CheckboxGroup([], label="Picked", info="The pictures to refine.")
     parts.slots["picks"] = gr.HTML(visible=False)
     sheet["refine"] = gr.Button("Refine the picked pictures", variant="primary")
