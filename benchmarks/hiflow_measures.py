@@ -1,7 +1,7 @@
 """What is seen in a picture that is larger than its model knows: is it the same one, is it sharp, is it true?
 
     pictures, base = ...                                # float (B, 3, H, W) and (B, 3, h, w) in [0, 1]
-    low_band_correlation(pictures, base)                # (B,), 1 where the coarse picture is the base's
+    low_band_correlation(pictures, base, cutoff=0.1)    # (B,), 1 where the coarse picture is the base's
     edge_sharpness(pictures, window=9)                  # (B,), in (0, 1]: 1 is a step from one pixel to the next
 
 Shape suffixes: B, N images, C H W large pictures, h w base pictures, P patches of a picture, D features.
@@ -18,8 +18,11 @@ from evaluation.metrics import caption_check, frechet, frechet_distance
 from rewards import Reward
 from solver.samplers.hiflow.lowpass import lowpass
 
-LOW_BAND = 0.4  # of the base's Nyquist frequency: what the public code aligns at twice the size
+LOW_BAND = (
+    0.4  # of the Nyquist frequency of the base's latents, the band that the public code aligns at twice the size
+)
 EDGES = 0.05  # share of a picture, around its strongest edges
+MEANS = ("caption_check", "low_band", "wide_band", "edge_sharpness")  # one number a picture
 PATCH = 64  # pixels; what zoo/dino sees without resizing
 
 
@@ -28,7 +31,7 @@ def shrink(images_BCHW: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(images_BCHW, (height, width), mode="bilinear", antialias=True, align_corners=False)
 
 
-def low_band_correlation(images_BCHW: Tensor, base_BChw: Tensor, cutoff: float = LOW_BAND) -> Tensor:
+def low_band_correlation(images_BCHW: Tensor, base_BChw: Tensor, cutoff: float) -> Tensor:
     """Pearson correlation of two pictures below `cutoff` Nyquist frequencies of the smaller one, (B,).
 
     The large picture is shrunk to the base's size; means of channels are left out, so that a brighter picture is the
@@ -83,10 +86,12 @@ class Looker:
         dino: of the Fréchet distances.
         segmentation: its labels answer the questions of the captions.
         count: patches of a picture.
+        vae_factor: pixels of a latent. The low band is `LOW_BAND` of the base's latents, which HiFlow aligns; a wider
+            one, as much of its pixels, shows how much of the rest stays.
     """
 
-    def __init__(self, dino: Reward, segmentation: Reward, count: int):
-        self.dino, self.segmentation, self.count = dino, segmentation, count
+    def __init__(self, dino: Reward, segmentation: Reward, count: int, vae_factor: int):
+        self.dino, self.segmentation, self.count, self.vae_factor = dino, segmentation, count, vae_factor
 
     def __call__(
         self, images_BCHW: Tensor, base_BChw: Tensor, prompts: Sequence[str], numbers: Sequence[int]
@@ -100,7 +105,8 @@ class Looker:
             "whole": self.dino.features(images_BCHW),
             "patches": self.dino.features(crops_BPCHW.flatten(0, 1)).unflatten(0, (-1, self.count)),
             "caption_check": caption_check(self.segmentation.features(small), list(prompts)),
-            "low_band": low_band_correlation(images_BCHW, base_BChw),
+            "low_band": low_band_correlation(images_BCHW, base_BChw, LOW_BAND / self.vae_factor),
+            "wide_band": low_band_correlation(images_BCHW, base_BChw, LOW_BAND),
             "edge_sharpness": edge_sharpness(images_BCHW, window),
         }
         return {name: value.float().cpu() for name, value in seen.items()}
@@ -118,5 +124,5 @@ def estimates(seen: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str
     return {
         "frechet": frechet(seen["whole"], reference["whole"], paired=True),
         "frechet_patches": statistic(of_patches, len(x_NPD)),
-        **{name: mean(seen[name]) for name in ("caption_check", "low_band", "edge_sharpness")},
+        **{name: mean(seen[name]) for name in MEANS},
     }

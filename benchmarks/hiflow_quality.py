@@ -8,8 +8,8 @@
 Prompts are captions of the miniature world's test scenes, and the reference is those scenes, rendered at the large
 size. Rows: a picture of that size straight from noise; the base picture enlarged; HiFlow with its initialization, with
 its direction alignment, and whole. Measured (see `hiflow_measures`): Fréchet distances in DINO's features, of whole
-pictures and of 64 px patches; the caption check, after shrinking to the base's size; correlation of the low band with
-the base picture; sharpness of edges. Intervals are of paired bootstraps over prompts.
+pictures and of 64 px patches; the caption check, after shrinking to the base's size; correlation of the low band, and
+of a wider one, with the base picture; sharpness of edges. Intervals are of paired bootstraps over prompts.
 
 Writes metrics.json, table.md and a contact sheet a size. All rows share one base run; finished batches of rows are
 kept in `cache/`, so that an interrupted command goes on and a sweep pays for its own rows only.
@@ -39,8 +39,9 @@ from rewards import load_reward
 from solver.samplers.digest import reward_digest, weights_digest
 from solver.samplers.hiflow import HiFlowResult, Recipe, with_steps
 from solver.samplers.hiflow.plan import as_recipe
+from solver.samplers.latents import vae_factor
 
-VERSION = 1  # of what is measured: another one makes the cache void
+VERSION = 2  # of what is measured: another one makes the cache void
 Seen = dict[str, Tensor]
 
 
@@ -199,7 +200,7 @@ def main(arguments: list[str] | None = None) -> dict:
     print(budget(artist, rows, args.num_prompts), flush=True)
     bench = Bench(
         artist,
-        Looker(dino, segmentation, args.patches),
+        Looker(dino, segmentation, args.patches, vae_factor(pipe)),
         recipe,
         args.num_prompts,
         args.batch_size,

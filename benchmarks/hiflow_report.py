@@ -17,6 +17,7 @@ COLUMNS = {  # name -> heading, digits, factor
     "frechet_patches": ("Fréchet, patches ↓", 2, 1),
     "caption_check": ("caption check, % ↑", 1, 100),
     "low_band": ("low band ↑", 4, 1),
+    "wide_band": ("wide band ↑", 4, 1),
     "edge_sharpness": ("edge sharpness ↑", 3, 1),
 }
 TILE, CAPTION, HEAD = 256, 170, 40  # pixels
@@ -51,7 +52,8 @@ def table(report: dict) -> str:
         f"{report['num_prompts']} captions of test scenes, preset {report['preset']}, guidance "
         f"{report['guidance_scale']}; in brackets the 95 % interval of the row less `{FULL}`, of a paired bootstrap "
         "over captions. Distances are to the captions' scenes, rendered; those of other rendered scenes are what a "
-        "faultless model would have.",
+        "faultless model would have. Low band: correlation with the base picture in the band that is aligned; "
+        "wide band: in one as many times as wide as a latent has pixels.",
     ]
     for size, rows in report["results"].items():
         head = ["row", *(heading for heading, _, _ in COLUMNS.values())]
@@ -67,7 +69,7 @@ def _cell(name: str, values: dict[str, dict]) -> str:
     if name not in values:
         return ""
     _, digits, factor = COLUMNS[name]
-    number = f"{factor * values[name]['value']:.{digits}f}"
+    number = f"{round(factor * values[name]['value'], digits) + 0.0:.{digits}f}"  # no minus zero
     if "minus_full_ci95" not in values[name]:
         return f"**{number}**"
     low, high = (f"{factor * end:+.{digits}f}" for end in values[name]["minus_full_ci95"])
