@@ -1,7 +1,7 @@
 """The networks of zoo/mini-flux: how they are built, what they are given in training, how they become a pipeline.
 
-Parameters: FluxTransformer2DModel 3.4 M (1 joint and 6 single blocks, width 160), T5 encoder 0.35 M (2 layers, width
-128), CLIP text encoder 0.29 M (the first layer of zoo/clip's text tower), AutoencoderKL 0.84 M: 9.9 MB in bf16, which
+Parameters: FluxTransformer2DModel 3.4 M (1 joint and 6 single blocks, width 160), T5 encoder 0.29 M (2 layers, width
+128), CLIP text encoder 0.29 M (the first layer of zoo/clip's text tower), AutoencoderKL 0.96 M: 10 MB in bf16, which
 is what the zoo has room for. Wider and deeper ones (3 joint and 6 single blocks of width 192: 7.6 M) are options of
 `zoo/train_mini_flux.py`.
 

@@ -1,16 +1,18 @@
 """Trains zoo/mini-flux: a FLUX-type rectified flow at 64 and 128 px that also edits, for FluxPipeline and
 FluxKontextPipeline.
 
-    accelerate launch zoo/train_mini_flux.py --minutes 60                            # 2 CPU cores
+    accelerate launch zoo/train_mini_flux.py --minutes 104 --steps 5000 --pool 16000 --large_pool 3000 \
+        --edit_pool 5000                                  # 2 CPU cores; 12 more minutes before it, for the pool
     accelerate launch zoo/train_mini_flux.py --steps 40000 --batch_size 1024 --learning_rate 2e-3 --muon true \
         --large_from 0 --edit_from 0 --pool 300000 --large_pool 100000 --edit_pool 100000 --ema_decay 0.9995 \
         --minutes 7                                       # GPU; expect a minute or two before it, for the pool
     accelerate launch zoo/train_mini_flux.py --start zoo/mini-flux --name mini-flux-2 --warmup_steps 20 ...
 
-The third goes on from landed weights, in a sitting of its own. Needs the results of `zoo/train_mini_flux_vae.py` and
-`zoo/train_clip.py`. The schedule of what is learned when counts steps: where `--minutes` will end the run before its
-steps do, let everything begin at once, as the second does. Estimated, not measured, on an H100: 20,000 small pictures
-a second.
+The landed weights are those of the first, 3,742 steps on a busy machine; from step 2,650 on with --large_share 0.6
+--edit_share 0.25, since its schedule left too little time for 128 px. The third goes on from landed weights, in a
+sitting of its own. Needs the results of `zoo/train_mini_flux_vae.py` and `zoo/train_clip.py`. The schedule of what is
+learned when counts steps: where `--minutes` will end the run before its steps do, let everything begin at once, as the
+second does. Estimated, not measured, on an H100: 20,000 small pictures a second.
 
 What does not change from step to step is made once and kept under `runs/zoo`: latents of scenes at both sizes and of
 their edited versions, several captions a scene, instructions, all as token ids. Steps are of four kinds, with a batch

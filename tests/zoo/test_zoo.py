@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from zoo import measure
 from zoo.measure import ZOO, held_out
 
-FOLDERS = ("mini-sd", "depth", "segmentation", "clip", "dino")
+FOLDERS = ("mini-sd", "mini-flux", "depth", "segmentation", "clip", "dino")
 
 
 @pytest.fixture(scope="module")
