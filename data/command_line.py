@@ -10,25 +10,29 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def answer_help(args: Sequence[str] | None, text: str, *configs: type, more: str = "") -> None:
-    """Prints what --help shows, and ends the process, where it is asked for: before seconds of imports.
+    """Shows `help_text` and ends the process where --help is asked for: before seconds of imports.
+
+    `args` are those of the command line; None stands for those of the process.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
+        sys.stdout.write(help_text(text, *configs, more=more))
+        sys.exit(0)
+
+
+def help_text(text: str, *configs: type, more: str = "") -> str:
+    """What --help shows.
 
     Args:
-        args: of the command line; None stands for those of the process.
         text: what the command does.
         configs: dataclasses whose fields are its options.
         more: what else there is to set.
     """
-    if not {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
-        return
-    print(text.strip())
-    print("\noptions, in the YAML file of --config or on the command line:")
+    lines = [text.strip(), "", "options, in the YAML file of --config or on the command line:"]
     for knob in (knob for config in configs for knob in fields(config)):
         default = knob.default_factory() if knob.default_factory is not MISSING else knob.default
         note = "required" if default is MISSING else f"default {default}"
-        print(f"  --{knob.name:<24} {knob.metadata['help']} ({note})")
-    if more:
-        print(more)
-    sys.exit(0)
+        lines.append(f"  --{knob.name:<24} {knob.metadata['help']} ({note})")
+    return "\n".join([*lines, more]).rstrip() + "\n"
 
 
 @contextmanager

@@ -19,10 +19,11 @@ import argparse
 import copy
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from data.command_line import errors_as_sentences
 
 if TYPE_CHECKING:
     from solver import ConsistencySolverScheduler
@@ -315,7 +316,5 @@ def main(args: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_as_sentences("solver.export"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"solver.export: {' '.join(str(error).split())}")
