@@ -67,7 +67,8 @@ ABOUT = {
     "dino": (
         "Features without labels",
         "image-feature-extraction",
-        "A small vision transformer of timm, trained by self-distillation (arXiv 2104.14294) on pictures alone.",
+        "A small vision transformer of timm, trained on pictures alone, by contrast of views (arXiv 2002.05709). "
+        "DINO's own self-distillation learns the same from them, but not within minutes on a CPU.",
         "load_reward('dino', model='zoo/dino')",
         "zoo/train_dino.py",
     ),
@@ -86,6 +87,8 @@ def write_card(name: str) -> None:
     title, task, text, usage, script = ABOUT[name]
     folder = ZOO / name
     training, metrics = (json.loads((folder / f"{part}.json").read_text()) for part in ("training", "metrics"))
+    count = training.get("runs", 1)
+    runs = f", in {count} runs, the later ones with `--start {folder.relative_to(ZOO.parent)}`" if count > 1 else ""
     plot_loss(training["log"], folder / "loss.png")
     sheets = "".join(f"\n![{file}]({file})\n\n{text}\n" for file, text in SHEETS.items() if (folder / file).exists())
     (folder / "README.md").write_text(
@@ -112,7 +115,7 @@ Data: the miniature world of `data/scenes.py`, rendered as training goes. One co
 | | |
 |---|---|
 | parameters | {training["parameters"]} |
-| steps | {training["steps"]:,} |
+| steps | {training["steps"]:,}{runs} |
 | minutes | {training["minutes"]} |
 | hardware | {training["hardware"]} |
 

@@ -107,7 +107,7 @@ def main() -> None:
     folder = ZOO / "clip"
     clip.to(torch.bfloat16).save_pretrained(folder)
     CLIPProcessor(pixels, tokenizer).save_pretrained(folder)
-    write_log(folder, log, parameters=parameter_count(clip))
+    write_log(folder, run, log, parameters=parameter_count(clip))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main() -> None:
     network, log = fit(network, run, loss, lambda first, device: scene_batches(run, first, device, all_pairs=True))
     folder, parameters = ZOO / "depth", parameter_count(network)
     save_unet(network.to(memory_format=torch.contiguous_format), folder, SIDE)
-    write_log(folder, log, parameters=parameters)
+    write_log(folder, run, log, parameters=parameters)
 
 
 if __name__ == "__main__":

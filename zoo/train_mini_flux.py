@@ -44,7 +44,6 @@ from data.scenes import Scene, caption, numbered_edit, render_batch
 from zoo.mini_flux import (
     LARGE,
     SMALL,
-    Denoiser,
     Tokenizers,
     Words,
     assemble,
@@ -257,13 +256,9 @@ def main() -> None:
         return pool_batches(pool, run, tokenizers, first, device)
 
     denoiser, log = fit(denoiser, run, loss, batches)
-    land(denoiser.cpu(), vae.cpu(), tokenizers, log, ZOO / "mini-flux")
-
-
-def land(denoiser: Denoiser, vae: AutoencoderKL, tokenizers: Tokenizers, log: list[dict], folder: Path) -> None:
-    """The pipeline's folder, and what its card says of the training."""
-    assemble(denoiser, vae, tokenizers, folder)
-    write_log(folder, log, parameters=f"{parameter_count(denoiser.transformer)} transformer")
+    assemble(denoiser.cpu(), vae.cpu(), tokenizers, ZOO / "mini-flux")
+    parameters = f"{parameter_count(denoiser.transformer)} transformer"
+    write_log(ZOO / "mini-flux", run, log, parameters=parameters)
 
 
 if __name__ == "__main__":

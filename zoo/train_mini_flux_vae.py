@@ -99,7 +99,7 @@ def main() -> None:
     vae.register_to_config(shift_factor=round(mean, 5), scaling_factor=round(1 / std, 5))
     folder = RUNS / run.name
     vae.save_pretrained(folder / "vae")
-    write_log(folder, log, parameters=parameter_count(vae))
+    write_log(folder, run, log, parameters=parameter_count(vae))
 
 
 @torch.no_grad()

@@ -137,7 +137,7 @@ def main() -> None:
     denoiser, log = fit(denoiser, run, loss, lambda first, device: pool_batches(latents, run, first))
     denoiser.to("cpu", memory_format=torch.contiguous_format)
     assemble(denoiser.unet, vae.cpu(), denoiser.text_encoder, tokenizer)
-    write_log(ZOO / "mini-sd", log, parameters=f"{parameter_count(denoiser.unet)} UNet")
+    write_log(ZOO / "mini-sd", run, log, parameters=f"{parameter_count(denoiser.unet)} UNet")
 
 
 def assemble(unet, vae, text_encoder, tokenizer) -> None:

@@ -79,7 +79,7 @@ def main() -> None:
     vae.register_to_config(scaling_factor=round(1 / latent_std(vae), 5))
     folder = RUNS / run.name
     vae.save_pretrained(folder / "vae")
-    write_log(folder, log, parameters=parameter_count(vae))
+    write_log(folder, run, log, parameters=parameter_count(vae))
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.scenes import COLOURS, Scene, caption, render_batch
+from zoo.muon import Muon
 
 ZOO = Path(__file__).parent
 RUNS = ZOO.parent / "runs" / "zoo"
@@ -49,11 +50,7 @@ class Run:
     save_minutes: float = field(default=3.0, metadata={"help": "between checkpoints"})
     start: str | None = field(default=None, metadata={"help": "folder of landed weights to go on from"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the network"})
-    muon: bool = field(default=False, metadata={"help": "Muon for the matrices of blocks, AdamW for the rest"})
-
-    def __post_init__(self):
-        if self.muon and not BF16:
-            raise ValueError("muon=True: it computes in bfloat16, which this CPU does hundreds of times slower.")
+    muon: bool = field(default=False, metadata={"help": "Muon for the layers of blocks, AdamW for the rest"})
 
 
 class Scenes(Dataset):
@@ -101,14 +98,12 @@ def fit(
     run: Run,
     loss: Callable[[nn.Module, int, Any], dict[str, torch.Tensor]],
     batches: Callable[[int, torch.device], Iterable],
-    after_step: Callable[[nn.Module, int], None] | None = None,
 ) -> tuple[nn.Module, list[dict]]:
     """Trains a network and returns it with the averaged weights in place, and the log.
 
     Args:
         loss: `loss(network, step, batch)` gives named terms, of which "loss" is minimised.
         batches: `batches(first_step, device)` iterates over batches from that step on.
-        after_step: `after_step(network, step)` is called after an update, for teachers that follow the network.
     """
     accelerator = Accelerator(mixed_precision="bf16" if BF16 else "no", log_with=None)
     folder = RUNS / run.name
@@ -143,8 +138,6 @@ def fit(
             optimizer.zero_grad()
         ema.step(plain.parameters())
         step += 1
-        if after_step:
-            after_step(plain, step)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.detach().float()
         count += 1
@@ -165,25 +158,21 @@ def fit(
 
 
 def make_optimizers(network: nn.Module, run: Run) -> list[torch.optim.Optimizer]:
-    """AdamW; with `run.muon`, Muon for the matrices of numbered blocks and AdamW for the rest, at one learning rate.
+    """AdamW; with `run.muon`, Muon for the layers of numbered blocks and AdamW for the rest, at one learning rate.
 
-    Muon's updates are scaled to the root mean square of AdamW's (arXiv 2502.16982). Embeddings, modulations and what
-    leads into and out of the blocks stay with AdamW.
+    Embeddings, modulations and what leads into and out of the blocks stay with AdamW.
     """
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if run.muon and is_block_matrix(name, p)]
-    chosen = {id(p) for p in matrices}
+    layers = [p for name, p in named if run.muon and is_block_layer(name, p)]
+    chosen = {id(p) for p in layers}
     others = [p for _, p in named if id(p) not in chosen]
     adamw = torch.optim.AdamW(others, run.learning_rate, betas=(0.9, 0.99), weight_decay=run.weight_decay)
-    if not matrices:
-        return [adamw]
-    settings = {"weight_decay": run.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return [adamw, torch.optim.Muon(matrices, run.learning_rate, **settings)]
+    return [adamw, Muon(layers, run.learning_rate, weight_decay=run.weight_decay)] if layers else [adamw]
 
 
-def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix of a layer within a list of blocks, and neither modulation nor embedding."""
-    return parameter.ndim == 2 and bool(re.search(r"\.\d+\.", name)) and not re.search(r"norm|embed|bias", name)
+def is_block_layer(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is the weight of a layer within a list of blocks, and neither modulation nor embedding."""
+    return parameter.ndim >= 2 and bool(re.search(r"\.\d+\.", name)) and not re.search(r"norm|emb|bias", name)
 
 
 def load_start(network: nn.Module, run: Run) -> nn.Module:
@@ -217,10 +206,20 @@ def _restore(folder: Path, accelerator: Accelerator, ema: EMAModel) -> tuple[int
     return progress["step"], progress["log"]
 
 
-def write_log(folder: Path, log: list[dict], **facts) -> None:
-    """Leaves what a model card says about a training run beside its weights."""
-    facts |= {"hardware": hardware(), "minutes": round(log[-1]["seconds"] / 60, 1), "steps": log[-1]["step"]}
-    (folder / "training.json").write_text(json.dumps({**facts, "log": log}, indent=1))
+def write_log(folder: Path, run: Run, log: list[dict], **facts) -> None:
+    """Leaves what a model card says about a training run beside its weights, after what it said of runs before it."""
+    before = Path(run.start or "", "training.json")
+    earlier = json.loads(before.read_text()) if run.start and before.exists() else {"log": [{"step": 0, "seconds": 0}]}
+    done = earlier["log"][-1]
+    later = [{**row, "step": done["step"] + row["step"], "seconds": done["seconds"] + row["seconds"]} for row in log]
+    facts |= {
+        "hardware": hardware(),
+        "runs": earlier.get("runs", 1) + 1 if done["step"] else 1,
+        "minutes": round(later[-1]["seconds"] / 60, 1),
+        "steps": later[-1]["step"],
+        "log": [row for row in earlier["log"] if row["step"]] + later,
+    }
+    (folder / "training.json").write_text(json.dumps(facts, indent=1))
 
 
 def hardware() -> str:

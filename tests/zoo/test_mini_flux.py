@@ -26,7 +26,7 @@ from zoo.mini_flux import (
 )
 from zoo.train_mini_flux import Kind, MiniFluxRun, draw_batch, encode, flow_loss, kind_of, make_pool, pool_batches
 from zoo.train_mini_flux_vae import VaeRun, batch_pictures, build_vae
-from zoo.training import is_block_matrix
+from zoo.training import is_block_layer
 
 RUN = {"pool": 12, "large_pool": 6, "edit_pool": 8, "captions_per_scene": 2, "batch_size": 16, "width": 32}
 
@@ -184,8 +184,7 @@ def test_every_network_is_trained(pool, networks):
         assert len(with_gradient) > 0.8 * len(list(part.parameters()))
 
 
-def test_muon_gets_the_matrices_of_the_blocks(networks, monkeypatch):
-    monkeypatch.setattr(training, "BF16", True)
+def test_muon_gets_the_layers_of_the_blocks(networks):
     adamw, muon = training.make_optimizers(networks[0], training.Run("x", muon=True))
     names = {id(p): name for name, p in networks[0].named_parameters()}
     chosen = {names[id(p)] for p in muon.param_groups[0]["params"]}
@@ -195,7 +194,7 @@ def test_muon_gets_the_matrices_of_the_blocks(networks, monkeypatch):
     assert {"transformer.x_embedder.weight", "classify.weight"} <= rest
     assert not chosen & rest and chosen | rest == set(names.values())
     assert not any("norm" in name or "embed" in name for name in chosen)
-    assert not is_block_matrix("blocks.0.attn.to_q.bias", nn.Parameter(torch.zeros(3)))
+    assert not is_block_layer("blocks.0.attn.to_q.bias", nn.Parameter(torch.zeros(3)))
 
 
 # -- the autoencoder --------------------------------------------------------------------------------------------------
@@ -244,7 +243,7 @@ def test_the_measure_runs_and_the_card_says_it(tmp_path, monkeypatch):
     assert {"vae_psnr_64", "vae_psnr_128", "check_64", "check_128", "same_scene", "edits"} <= metrics.keys()
     assert metrics["edits"]["success"] <= min(metrics["edits"]["done"], metrics["edits"]["untouched"])
     log = [{"step": 1, "seconds": 60, "loss": 1.0}, {"step": 2, "seconds": 120, "loss": 0.5}]
-    training.write_log(tmp_path / "mini-flux", log, parameters="tiny")
+    training.write_log(tmp_path / "mini-flux", training.Run("mini-flux"), log, parameters="tiny")
     (tmp_path / "mini-flux" / "metrics.json").write_text(json.dumps(metrics))
     monkeypatch.setattr(cards, "ZOO", tmp_path)
     cards.write_card("mini-flux")

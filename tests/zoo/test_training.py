@@ -1,11 +1,14 @@
+import json
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from data.scenes import HELD_OUT_PAIRS
 from zoo import training
+from zoo.muon import Muon, orthogonal
 from zoo.train_clip import build_tokenizer
 from zoo.train_mini_sd import MiniSdRun, pool_batches
 from zoo.training import Run, Scenes, fit
@@ -56,11 +59,9 @@ class Blocks(nn.Module):
         return self.out(self.blocks[0](x))
 
 
-def test_a_run_with_two_optimisers_resumes_too(runs, monkeypatch):
+def test_a_run_with_two_optimisers_resumes_too(runs):
     """Muon for the matrix of the block, AdamW for the rest."""
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "BF16", True)  # so that this processor may, slow as it is
-        undivided, run = TinyRun(name="whole", muon=True), TinyRun(name="halves", muon=True)
+    undivided, run = TinyRun(name="whole", muon=True), TinyRun(name="halves", muon=True)
     whole, _ = fit(Blocks(), undivided, square_loss, numbers)
     fit(Blocks(), run, square_loss, lambda first, device: numbers(first, device, last=5))
     halves, _ = fit(Blocks(), run, square_loss, numbers)
@@ -68,10 +69,24 @@ def test_a_run_with_two_optimisers_resumes_too(runs, monkeypatch):
     assert not torch.allclose(whole.blocks[0].weight, Blocks().blocks[0].weight)
 
 
-def test_muon_is_refused_where_bfloat16_is_slow(monkeypatch):
-    monkeypatch.setattr(training, "BF16", False)
-    with pytest.raises(ValueError, match="bfloat16"):
-        TinyRun(muon=True)
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 16)])
+def test_orthogonal_is_nearly_u_v(shape):
+    torch.manual_seed(0)
+    u, s, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    near = orthogonal(u @ torch.diag(s.clamp(min=0.2 * s.max())) @ v)
+    assert torch.linalg.svdvals(near).sub(1).abs().max() < 0.35
+    assert F.cosine_similarity(near.flatten(), (u @ v).flatten(), dim=0) > 0.97
+
+
+def test_muon_reads_a_kernel_as_a_matrix_and_steps_as_far_as_adamw():
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.zeros(16, 8, 3, 3))
+    matrix = nn.Parameter(torch.zeros(16, 72))
+    kernel.grad = torch.randn(16, 8, 3, 3)
+    matrix.grad = kernel.grad.flatten(1)
+    Muon([kernel, matrix], lr=0.01).step()
+    assert torch.equal(kernel.flatten(1), matrix)
+    assert 0.2 * 0.01 * 0.7 < matrix.square().mean().sqrt() < 0.2 * 0.01 * 1.2
 
 
 def test_the_average_is_what_comes_back_and_training_helps(runs):
@@ -107,3 +122,12 @@ def test_the_tokenizer_knows_the_words_of_the_world_and_spells_the_rest():
     unknown = tokenizer("a zebra!").input_ids
     assert unknown.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(unknown, skip_special_tokens=True).strip() == "a zebra !"
+
+
+def test_a_later_run_adds_to_what_the_card_says(tmp_path):
+    first = [{"step": 100, "seconds": 60, "loss": 2.0}, {"step": 150, "seconds": 90, "loss": 1.0}]
+    training.write_log(tmp_path, Run("x"), first, parameters="1 M")
+    training.write_log(tmp_path, Run("x-2", start=str(tmp_path)), [{"step": 100, "seconds": 60, "loss": 0.5}])
+    card = json.loads((tmp_path / "training.json").read_text())
+    assert card["runs"] == 2 and card["steps"] == 250 and card["minutes"] == 2.5
+    assert [row["step"] for row in card["log"]] == [100, 150, 250]

@@ -49,15 +49,22 @@ def test_losses_fall_on_a_few_scenes(script, classes):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_the_teacher_follows_the_student_and_gets_no_gradient():
+def test_contrast_finds_the_other_view():
+    z = torch.nn.functional.normalize(torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    same, mixed = train_dino.contrast(z, z, 0.1), train_dino.contrast(z, z.roll(1, 0), 0.1)
+    assert same["top1"] == 1 and mixed["top1"] == 0
+    assert same["loss"] < 0.2 < mixed["loss"]
+
+
+def test_recoloured_views_keep_their_shapes():
     torch.manual_seed(0)
-    dino = train_dino.Dino(train_dino.Projected())
-    dino(train_dino.views(SCENES, torch.device("cpu")), 2, 0.04)["loss"].backward()
-    assert all(p.grad is None for p in dino.teacher.parameters())
-    with torch.no_grad():
-        for p in dino.student.parameters():
-            p.add_(1)
-    old = [p.clone() for p in dino.teacher.parameters()]
-    dino.follow(0.9)
-    for before, teacher, student in zip(old, dino.teacher.parameters(), dino.student.parameters(), strict=True):
-        torch.testing.assert_close(teacher, before.lerp(student, 0.1))
+    x = train_dino.views(SCENES * 8, torch.device("cpu"))[0]
+    y = train_dino.recolour(x)
+    assert y.shape == x.shape
+    light, other = x.mean(1), y.mean(1)  # no order of the channels changes their mean
+    torch.testing.assert_close(
+        other / other.square().mean((1, 2), keepdim=True).sqrt(),
+        light / light.square().mean((1, 2), keepdim=True).sqrt(),
+    )
+    changed = [not torch.allclose(a / a.norm(), b / b.norm(), atol=1e-5) for a, b in zip(x, y, strict=True)]
+    assert 4 < sum(changed) < 28
