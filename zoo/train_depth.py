@@ -35,7 +35,7 @@ def loss(network: nn.Module, step: int, scenes: list[Scene]) -> dict[str, torch.
     depth_BHW = network(augment(prepare(truth.image, SIDE)))[:, 0].float()
     error_BHW = depth_BHW.clamp(min=0.02).log() - truth.depth.log()
     off = (error_BHW.abs() < 0.22314).float().mean()  # log 1.25
-    return {"loss": (depth_BHW - truth.depth).abs().mean() + 0.1 * error_BHW.abs().mean(), "delta": off}
+    return {"loss": (depth_BHW - truth.depth).abs().mean() + 0.5 * error_BHW.abs().mean(), "delta": off}
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from data.scenes import NUM_CLASSES, Scene, render_batch
 from zoo.training import ZOO, Run, fit, load_start, parameter_count, scene_batches, write_log
 
 SIDE = 64
-BACKGROUND_WEIGHT = 0.25
+BACKGROUND_WEIGHT = 1.0
 
 
 @dataclass
