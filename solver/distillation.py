@@ -282,7 +282,7 @@ def distill(config: DistillationConfig) -> ConsistencySolverScheduler:
     step_counts = range(config.min_inference_steps, config.max_inference_steps + 1)
     cells = fit_actions(renderer, dataset, step_counts, config.num_rows, config.teacher_substeps)
     error = fit_policy(scheduler, cells, grids={steps: renderer.grid(steps) for steps in step_counts})
-    scheduler.extend_trained_steps(step_counts)
+    scheduler.extend_training(step_counts, {scale for _, scale in cells})
     scheduler.save_pretrained(config.output_dir)
     logger.warning(f"{len(cells)} cells; the policy meets their weights to {error:.3f} (rms).")
     return scheduler

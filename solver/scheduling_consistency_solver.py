@@ -331,6 +331,12 @@ def _check_guidance(guidance_scale: float) -> None:
         raise ValueError(f"guidance_scale={guidance_scale} is not a finite number.")
 
 
+def _check_span(name: str, span) -> None:
+    numbers = isinstance(span, (list, tuple)) and len(span) == 2 and all(isinstance(x, (int, float)) for x in span)
+    if not numbers or not span[0] <= span[1]:
+        raise ValueError(f"{name}={span!r}: expected two numbers, the lowest and the highest.")
+
+
 def _check_table(table: SolverTable, order: int) -> None:
     shapes = [tuple(part.shape) for part in table]
     *batch, steps = shapes[0] or (0,)
@@ -374,6 +380,8 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         trained_steps (`list` of two, *optional*): fewest and most steps that the policy was trained on, written by
             training; with fewer or more the residuals are zero, so that a run is never worse than the base rule's,
             and a warning says so once.
+        trained_guidance_scales (`list` of two, *optional*): lowest and highest guidance scale that the policy was
+            trained on, written by training; any other is told to it as the nearer of the two, with a warning.
         guidance_scale (`float`): default of the attribute of this name, the guidance scale that the policy is told.
         coefficients (`dict`, *optional*): the baked tables, written by `bake`.
 
@@ -419,6 +427,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         grid_bound: float = 1.5,
         weight_ranges: list[list[float]] | None = None,
         trained_steps: list[int] | None = None,
+        trained_guidance_scales: list[float] | None = None,
         guidance_scale: float = 1.0,
         coefficients: dict | None = None,
     ):
@@ -459,6 +468,9 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
             )
         if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
             raise ValueError("rescale_betas_zero_snr needs v-prediction: at zero SNR ε says nothing of the image.")
+        for name in ("trained_steps", "trained_guidance_scales"):
+            if config[name] is not None:
+                _check_span(name, config[name])
         for count in config.coefficients or ():
             table, expected = self._baked_table(count), (int(count), config.solver_order)
             _check_table(table, config.solver_order)
@@ -535,7 +547,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         """
         source = dict(scheduler.config)
         if "base_rule" in source:  # such a solver itself, be it from an exported copy of this file
-            fresh = {"solver_order": order, "coefficients": None, "trained_steps": None}
+            fresh = {"solver_order": order, "coefficients": None, "trained_steps": None, "trained_guidance_scales": None}
             return cls.from_config(scheduler.config, **{**fresh, **overrides})
         name = type(scheduler).__name__
         _require("scheduler", name, GRID_OF_CLASS)
@@ -777,7 +789,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         if self.policy is None:
             self._require_baked_guidance(guidance_scale)
             return torch.tensor(self._baked(num_inference_steps)["actions"], dtype=torch.float64)
-        inputs = self.policy_inputs(num_inference_steps, guidance_scale, **grid)
+        inputs = self.policy_inputs(num_inference_steps, self._trained_guidance(guidance_scale), **grid)
         if self.config.trained_steps is None:
             self._warn_if_fresh()
         fewest, most = self.config.trained_steps or (1, math.inf)
@@ -789,6 +801,21 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
             return torch.zeros(len(inputs), self.num_actions)
         parameter = next(self.policy.parameters())
         return self.policy.deterministic_actions(inputs.to(parameter)).cpu()
+
+    def _trained_guidance(self, guidance_scale: float | None) -> float:
+        """The guidance scale as the policy is told it: within those that it was trained on."""
+        given = self.guidance_scale if guidance_scale is None else guidance_scale
+        _check_guidance(given)
+        if self.config.trained_guidance_scales is None or self.config.inputs == "published":
+            return given
+        lowest, highest = self.config.trained_guidance_scales
+        told = min(max(given, lowest), highest)
+        if told != given:
+            self._warn_once(
+                f"This solver was trained at guidance scales of {lowest:g} to {highest:g}; {given:g} is told to it "
+                f"as {told:g}."
+            )
+        return told
 
     def _warn_if_fresh(self) -> None:
         last = self.policy.mlp[-1]
@@ -808,10 +835,12 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         fewest, most = self.config.trained_steps or (2, 16)
         return list(range(fewest, most + 1))
 
-    def extend_trained_steps(self, counts: Iterable[int]) -> None:
-        """Notes in the configuration that the policy is being trained on these numbers of steps."""
-        known = [*(self.config.trained_steps or []), *counts]
-        self.register_to_config(trained_steps=[min(known), max(known)])
+    def extend_training(self, steps: Iterable[int], guidance_scales: Iterable[float]) -> None:
+        """Notes in the configuration that the policy is being trained on these, beside what it was trained on."""
+        spans = {"trained_steps": steps, "trained_guidance_scales": guidance_scales}
+        for name, values in spans.items():
+            known = [*(self.config[name] or []), *values]
+            self.register_to_config(**{name: [min(known), max(known)]})
 
     # -- baking -------------------------------------------------------------------------------------------------------
 

@@ -95,7 +95,6 @@ class ConsistencySolverTrainer(Trainer):
             callbacks=callbacks,
         )
         self.scheduler = scheduler
-        scheduler.extend_trained_steps(args.step_counts)
         pipeline.to(self.accelerator.device)
         self.renderer = Renderer(pipeline, scheduler, *image_size(train_dataset), args.rollout_batch_size, encode)
         self.scorer = Scorer(self.renderer, reward_funcs, args.reward_weights, self.accelerator)
@@ -104,6 +103,7 @@ class ConsistencySolverTrainer(Trainer):
         self.train_rows = rows_by_guidance(train_dataset, args.guidance_scales, args.prompts_per_iteration)
         self.eval_rows = None if eval_dataset is None else rows_by_guidance(eval_dataset, args.guidance_scales)
         scales = sorted(self.train_rows)
+        scheduler.extend_training(args.step_counts, scales)
         scheduler.register_to_config(guidance_scale=scales[(len(scales) - 1) // 2])  # for users who name none
         scheduler.guidance_scale = scheduler.config.guidance_scale
         self._rollouts: Rollouts | None = None

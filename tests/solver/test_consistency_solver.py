@@ -417,13 +417,13 @@ def test_outside_of_the_trained_steps_it_is_the_base_rule():
     ours = solver()
     torch.nn.init.constant_(ours.policy.mlp[-1].bias, 0.3)
     assert not ours.coefficients(12).weights.equal(solver().coefficients(12).weights)  # nobody said what was trained
-    ours.extend_trained_steps([4, 8])
+    ours.extend_training([4, 8], [1.0])
     for steps in (3, 9, 40):
         assert_same_table(ours.coefficients(steps), solver().coefficients(steps))
     for steps in (4, 6, 8):
         assert not ours.coefficients(steps).weights.equal(solver().coefficients(steps).weights)
-    ours.extend_trained_steps(iter([10]))
-    assert ours.config.trained_steps == [4, 10]
+    ours.extend_training(iter([10]), iter([7.5]))
+    assert ours.config.trained_steps == [4, 10] and ours.config.trained_guidance_scales == [1.0, 7.5]
 
 
 @pytest.fixture
@@ -448,6 +448,22 @@ def test_steps_that_it_was_not_trained_on_are_said_once_each(warned):
     trained(solver(trained_steps=[3, 8])).set_timesteps(15)
     logging.set_verbosity_warning()
     assert len(warned()) == 3
+
+
+def test_a_guidance_scale_that_it_was_not_trained_on_is_told_as_the_nearest(warned):
+    ours = trained(solver(trained_guidance_scales=[1.5, 7.5]))
+    assert_same_table(ours.coefficients(5, 20.0), ours.coefficients(5, 7.5))
+    assert_same_table(ours.coefficients(5, 1.0), ours.coefficients(5, 1.5))
+    assert not ours.coefficients(5, 3.0).weights.equal(ours.coefficients(5, 7.5).weights)
+    messages = warned()
+    assert len(messages) == 2 and "guidance scales of 1.5 to 7.5; 20 is told to it as 7.5" in messages[0]
+
+
+@pytest.mark.parametrize("span", [[8, 3], [3], "3-8", [3, None]])
+@pytest.mark.parametrize("name", ["trained_steps", "trained_guidance_scales"])
+def test_a_span_that_is_none(name, span):
+    with pytest.raises(ValueError, match=name):
+        solver(**{name: span})
 
 
 @pytest.mark.parametrize("trained_steps", [None, [3, 8]])
@@ -475,7 +491,8 @@ def test_known_steps():
     assert solver().known_steps == list(range(2, 17))
     assert solver(trained_steps=[3, 8]).known_steps == [3, 4, 5, 6, 7, 8]
     assert solver(trained_steps=[3, 8]).bake(steps=(10, 9)).known_steps == [9, 10]
-    assert solver(solver(trained_steps=[3, 8])).config.trained_steps is None  # another policy, a fresh one
+    fresh = solver(solver(trained_steps=[3, 8], trained_guidance_scales=[1.0, 3.0]))  # another policy
+    assert fresh.config.trained_steps is None and fresh.config.trained_guidance_scales is None
 
 
 def test_action_mask():

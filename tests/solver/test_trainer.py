@@ -134,6 +134,7 @@ def test_the_solver_remembers_what_it_is_trained_on(tmp_path):
     trainer.save_model(tmp_path / "solver")
     solver = ConsistencySolverScheduler.from_pretrained(tmp_path / "solver")
     assert solver.config.trained_steps == [4, 6] and solver.guidance_scale == 3.0
+    assert solver.config.trained_guidance_scales == [1.5, 7.5]
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------
