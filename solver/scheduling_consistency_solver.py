@@ -547,7 +547,12 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         """
         source = dict(scheduler.config)
         if "base_rule" in source:  # such a solver itself, be it from an exported copy of this file
-            fresh = {"solver_order": order, "coefficients": None, "trained_steps": None, "trained_guidance_scales": None}
+            fresh = {
+                "solver_order": order,
+                "coefficients": None,
+                "trained_steps": None,
+                "trained_guidance_scales": None,
+            }
             return cls.from_config(scheduler.config, **{**fresh, **overrides})
         name = type(scheduler).__name__
         _require("scheduler", name, GRID_OF_CLASS)
