@@ -41,7 +41,7 @@ tags: [diffusers, scheduler, consistency-solver, proofsheet]
 
 # ConsistencySolver{for_model}
 
-A linear multistep solver of order {order} whose weights{and_grid} were learned, so that few steps give the picture \
+A linear multistep solver of order {order} whose {learned} learned, so that few steps give the picture \
 that many steps give: same prompt, same seed, same picture. It stands on the rule `{rule}`. {trained} {what}
 
 ```python
@@ -58,13 +58,18 @@ Made with Proofsheet, after "Image Diffusion Preview with Consistency Solver", \
 [arXiv 2512.13592](https://huggingface.co/papers/2512.13592).
 """
 WHAT = {
-    "solver": "Tell it the guidance scale, pipelines do not; how good it is at one that it was not trained on, only "
-    "pictures tell.",
+    "solver": "Tell it the guidance scale, pipelines do not.",
     "published": "It does not look at the guidance scale.",
     "table": "The numbers for guidance {guidance:g} and {counts} steps are in `scheduler_config.json`; "
     "there are no weights. Any other number of steps is an error, another guidance goes unnoticed.",
     "pipeline": "It is the scheduler of this pipeline, for guidance {guidance:g} and {counts} steps. Any other number "
     "of steps is an error, another guidance goes unnoticed.",
+}
+LEARNED = {  # learn_weights, learn_grid
+    (True, True): "weights and time grid were",
+    (True, False): "weights were",
+    (False, True): "time grid was",
+    (False, False): "weights are a rule's, and not",
 }
 LOAD_CLASS = """\
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
@@ -182,7 +187,7 @@ def model_card(solver, kind: str, folder: str, model: str | None, metrics: dict 
         base_model=f"base_model: {model}\n" if on_hub else "",
         for_model=f" for {model}" if model else "",
         order=solver.config.solver_order,
-        and_grid=" and time grid" if solver.config.learn_grid else "",
+        learned=LEARNED[solver.config.learn_weights, solver.config.learn_grid],
         rule=solver.config.base_rule,
         trained=_trained(solver),
         what=WHAT["published" if published else kind].format(**facts),
@@ -204,8 +209,10 @@ def _trained(solver) -> str:
     fewest, most = solver.config.trained_steps
     trained = range(fewest, most + 1)
     others = solver.policy is not None or not set(solver.known_steps) <= set(trained)
-    outside = "; at any other number it is that rule, on its own grid" if others else ""
-    return f"It was trained on {_span(trained)} steps{outside}."
+    outside = "; in any other number of steps it is that rule, on its own grid" if others else ""
+    scales = solver.config.trained_guidance_scales
+    guidance = f" and at guidance scales of {scales[0]:g} to {scales[1]:g}" if scales else ""
+    return f"It was trained on {_span(trained)} steps{guidance}{outside}."
 
 
 def _coefficients(solver, steps: int, guidance: float) -> str:

@@ -135,7 +135,7 @@ def said_by_card(path):
 def test_card_says_what_it_was_trained_on(folder, tmp_path):
     solver = trained(DDIMScheduler(clip_sample=False), trained_steps=[3, 8])
     card = said_by_card(export(solver, "solver", tmp_path / "solver"))
-    assert "trained on 3 to 8 steps; at any other number it is that rule" in card and "every" not in card
+    assert "trained on 3 to 8 steps; in any other number of steps it is that rule" in card and "every" not in card
     # Within what it was trained on there is no other number of steps in a table ...
     card = said_by_card(export(solver, "table", tmp_path / "table"))
     assert "trained on 3 to 8 steps. The numbers for guidance 3 and 3 to 8 steps are" in card
@@ -146,6 +146,10 @@ def test_card_says_what_it_was_trained_on(folder, tmp_path):
     assert "that rule" in card and "guidance 3 and 5, 12 steps" in card
     unknown = ConsistencySolverScheduler.from_pretrained(folder / "solver")
     assert "not recorded" in said_by_card(export(unknown, "solver", tmp_path / "unknown"))
+    spans = {"trained_steps": [3, 8], "trained_guidance_scales": [1.5, 7.5]}
+    grid_only = trained(DDIMScheduler(clip_sample=False), learn_weights=False, **spans)
+    card = said_by_card(export(grid_only, "solver", tmp_path / "grid"))
+    assert "3 to 8 steps and at guidance scales of 1.5 to 7.5" in card and "time grid was learned" in card
     published = trained(DDIMScheduler(clip_sample=False), inputs="published", learn_grid=False)
     assert "does not look at the guidance" in said_by_card(export(published, "solver", tmp_path / "published"))
 
