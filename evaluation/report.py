@@ -2,7 +2,8 @@
 
 It has `model`, `dataset`, `rows` and `paired` (below), and beside them: `metrics` (unit, direction, whether
 it was trained on), `across_steps` (the learned solver at K steps against the best classical one at the next K),
-`workflow`, `coefficients` of the learned solver, and what it ran on.
+`from_full` (its checks against those of the full-step pictures), `workflow`, `coefficients` of the learned solver, and
+what it ran on.
 
     rows    {"solver", "steps", "guidance_scale", "nfe", "prompts", "metrics": {name: {"mean", "ci95"}},
              "seconds_per_image", "solver_share", "grid", "grids", "own_guidance_scale"}
@@ -88,7 +89,7 @@ def write_report(results: Results, folder: Path) -> dict:
 def make_metrics(results: Results) -> dict:
     """The content of metrics.json."""
     config = results.config
-    rows, differences, across, workflow, left_out = [], [], [], [], []
+    rows, differences, across, from_full, workflow, left_out = [], [], [], [], [], []
     classical = set(config.solvers) - {"base"}
     for guidance in config.guidance_scales:
         here = [measured for measured in results.measured if measured.task.samples.guidance_scale == guidance]
@@ -99,6 +100,7 @@ def make_metrics(results: Results) -> dict:
         rows += [make_row(cell, e, m) for (_, e), (cell, m) in zip(both, cells, strict=True)]
         differences += paired_differences(both, config.resamples)
         across += differences_across_steps(both, classical, config.resamples)
+        from_full += differences_from_full([cell for cell, _ in cells], most.task, config.resamples)
         workflow += [w for cell, m in cells if (w := simulate_cell(cell, m.task, results))]
         left_out += [{**entry, "guidance_scale": guidance} for m in here for entry in m.left_out]
     found = {name for row in rows for name in row["metrics"]}
@@ -115,6 +117,7 @@ def make_metrics(results: Results) -> dict:
         "rows": rows,
         "paired": differences,
         "across_steps": across,
+        "from_full": from_full,
         "workflow": workflow,
         "left_out": left_out,
         "metrics": {name: describe_metric(name, config) for name in names},
@@ -211,6 +214,17 @@ def differences_across_steps(cells: Both, classical: set[str], resamples: int, a
             if best and (difference := paired(mine, best, name, resamples)):
                 steps = {"steps": cell.steps, "steps_b": more}
                 entries.append(_difference(a, best[0].solver, cell, name, difference, steps))
+    return entries
+
+
+def differences_from_full(cells: Sequence[Cell], task: Task, resamples: int, a: str = "learned") -> list[dict]:
+    """The learned solver minus the full-step pictures, in the checks: all else compares with these."""
+    entries = []
+    for cell in cells:
+        for check in task.target.seen.keys() & set(CHECKS) if cell.solver == a else ():
+            mine = cell.values[check].double()
+            difference = mean(mine - task.target.seen[check][: len(mine)].double(), resamples)
+            entries.append(_difference(a, FULL, cell, check, difference, {"steps": cell.steps}))
     return entries
 
 

@@ -18,7 +18,7 @@ def table(metrics: dict) -> str:
             group = [row for row in rows if row["steps"] == steps]
             lines += [_line(row, group, known) for row in group]
         lines += ["", *_left_out_lines(metrics, guidance)]
-    lines += _paired_lines(metrics) + _across_lines(metrics) + _workflow_lines(metrics)
+    lines += _paired_lines(metrics) + _closest_lines(metrics) + _across_lines(metrics) + _workflow_lines(metrics)
     return "\n".join(lines)
 
 
@@ -108,6 +108,33 @@ def _paired_lines(metrics: dict) -> list[str]:
     for guidance, steps in sorted({(entry["guidance_scale"], entry["steps"]) for entry in main}):
         here = {e["b"]: e for e in main if (e["guidance_scale"], e["steps"]) == (guidance, steps)}
         texts = [_signed(here[name]) if name in here else "" for name in others]
+        lines.append(f"| {guidance:g} | {steps} | " + " | ".join(texts) + " |")
+    return [*lines, ""]
+
+
+def _closest_lines(metrics: dict) -> list[str]:
+    """In every metric the row that the learned solver is least surely ahead of; checks against the full steps too."""
+    entries = metrics["paired"] + [{**e, "metric": f"{e['metric']}, full steps"} for e in metrics["from_full"]]
+    if not entries:
+        return []
+    lower = {name for name, about in metrics["metrics"].items() if not about["higher_is_better"]}
+    found = {entry["metric"] for entry in entries}
+    names = [name for name in metrics["metrics"] if name in found]
+    names += sorted(found - set(names))
+    rivals: dict[tuple, list[dict]] = {}
+    for entry in entries:
+        rivals.setdefault((entry["guidance_scale"], entry["steps"], entry["metric"]), []).append(entry)
+
+    def surely_ahead(entry: dict) -> float:
+        """The end of the interval that is the rival's."""
+        low, high = entry["ci95"]
+        return -high if entry["metric"] in lower else low
+
+    lines = ["## learned minus its closest rival, in every metric, paired", ""]
+    lines += ["| guidance | steps | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for guidance, steps in sorted({cell[:2] for cell in rivals}):
+        closest = [min(rivals.get((guidance, steps, name), []), key=surely_ahead, default=None) for name in names]
+        texts = [f"{_signed(entry)} {entry['b']}" if entry else "" for entry in closest]
         lines.append(f"| {guidance:g} | {steps} | " + " | ".join(texts) + " |")
     return [*lines, ""]
 

@@ -113,6 +113,32 @@ def test_paired_differences_are_those_of_the_rows(evaluated):
             assert entry["difference"] == pytest.approx(a - b, abs=1e-6)
 
 
+def test_the_closest_rival_and_the_full_steps_are_in_the_table(evaluated):
+    """Of every metric, the row that is beaten least surely: lower ends count, where low is good upper ones."""
+    folder, metrics = evaluated
+    line = next(
+        line
+        for line in (folder / "table.md").read_text().split("closest rival")[1].splitlines()
+        if line.startswith("| 3 | 4 |")
+    )
+    cells = line.strip("| ").split(" | ")[2:]
+    here = [e for e in metrics["paired"] if (e["guidance_scale"], e["steps"]) == (3.0, 4)]
+    for name, text in zip([*metrics["metrics"], "full steps"], cells, strict=True):
+        rivals = [entry for entry in here if entry["metric"] == name]
+        if name == "frechet_dino":
+            assert text.endswith(" " + max(rivals, key=lambda e: e["ci95"][1])["b"])
+        elif rivals:
+            assert text.endswith(" " + min(rivals, key=lambda e: e["ci95"][0])["b"])
+    (own,) = (e for e in metrics["from_full"] if (e["guidance_scale"], e["steps"]) == (3.0, 4))
+    means = {
+        row["solver"]: row["metrics"]["caption_check"]["mean"]
+        for row in metrics["rows"]
+        if row["guidance_scale"] == 3.0 and (row["steps"] == 4 or row["solver"] == "full")
+    }
+    assert own["difference"] == pytest.approx(means["learned"] - means["full"])
+    assert cells[-1].endswith(" full")
+
+
 def test_cells_of_different_columns_pair_on_the_prompts_they_share():
     def cell(solver, values):
         values = torch.tensor(values)
