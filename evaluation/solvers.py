@@ -2,7 +2,12 @@
 
 Classical ones are the tables of `solver.multistep`, which are tested to equal diffusers' schedulers, on one grid for
 all: each timestep spacing that diffusers knows, ending where the full-step pictures end, at the lowest training noise;
-on a flow model the pipeline's own. Solvers on one grid so begin with the same step, to the last bit.
+on a flow model the pipeline's own, and that of diffusers' DPM-Solver++ in flow mode. Solvers on one grid so begin with
+the same step, to the last bit.
+
+The pipeline's own grid of a flow model begins at σ = 1, where log-SNR is infinite: there the second step of a rule in
+log-SNR is Euler's, and in 3 steps with a first-order end all of them are. The other one begins at 0.999.
+(diffusers' DEIS repeats its last σ in flow mode, so that its last evaluation is for nothing; ours goes on to 0.)
 
 The number of steps is that of network evaluations. Solvers of two evaluations a step take every second point of the
 grid: singlestep DPM-Solver-2 spends exactly as many as it is given, Heun one less where that number is even, since its
@@ -24,7 +29,7 @@ from solver.samplers.cascade import is_flow
 from solver.scheduling_consistency_solver import Grid
 
 SPACINGS = ("leading", "trailing", "linspace")
-OWN_GRID = "own"
+OWN_GRID, FLOW_MODE_GRID = "own", "flow_mode"
 # scheduler of a pipeline, number of steps, guidance scale -> scheduler of the run
 Factory = Callable[[SchedulerMixin, int, float], SchedulerMixin]
 
@@ -42,7 +47,8 @@ CLASSICAL = {
 LOWER_ORDER_FINAL = ("deis", "dpm2m", "dpmpp2m")  # the last of less than 15 steps is first order, as in diffusers
 GRID = {"final_sigmas_type": "sigma_min", "use_karras_sigmas": False}
 HEUN = "heun"
-FLOW_SOLVERS = (*CLASSICAL, HEUN)  # ddim is Euler's method there
+FLOW_RULES = {**CLASSICAL, "euler": CLASSICAL["ddim"]}  # the same there
+FLOW_SOLVERS = (*FLOW_RULES, HEUN)
 
 
 class RuleScheduler(ConsistencySolverScheduler):
@@ -67,6 +73,14 @@ class RuleScheduler(ConsistencySolverScheduler):
     def coefficients(self, num_inference_steps: int, guidance_scale: float | None = None, **grid) -> SolverTable:
         timesteps, points = self.base_grid(num_inference_steps, **grid)
         return SolverTable(timesteps.float(), points.s.float(), self._base_weights(points).float())
+
+
+class FlowModeScheduler(RuleScheduler):
+    """A rule on the grid of diffusers' flow mode, shifted for the size. Pipelines may name a grid: Kontext does."""
+
+    def base_grid(self, num_inference_steps=None, sigmas=None, timesteps=None, mu=None) -> tuple[torch.Tensor, Grid]:
+        """As of `ConsistencySolverScheduler`, without the pipeline's sigmas."""
+        return super().base_grid(num_inference_steps, None, timesteps, mu)
 
 
 class FlowHeunScheduler(FlowMatchEulerDiscreteScheduler):
@@ -108,7 +122,7 @@ def classical(name: str, own: SchedulerMixin) -> dict[str, Factory]:
     if name == HEUN:
         return {OWN_GRID: lambda own, steps, guidance: FlowHeunScheduler.from_config(own.config)}
     if is_flow(own):
-        return {OWN_GRID: lambda own, steps, guidance: RuleScheduler.of(*CLASSICAL[name], own, steps)}
+        return {grid: _on_flow_grid(*FLOW_RULES[name], grid) for grid in (OWN_GRID, FLOW_MODE_GRID)}
     return {spacing: _on_grid(*CLASSICAL[name], spacing) for spacing in SPACINGS}
 
 
@@ -118,6 +132,22 @@ def _on_grid(rule: str, order: int, spacing: str) -> Factory:
         return RuleScheduler.of(rule, order, grid, steps)
 
     return make
+
+
+def _on_flow_grid(rule: str, order: int, name: str) -> Factory:
+    def make(own: SchedulerMixin, steps: int, guidance_scale: float) -> SchedulerMixin:
+        if name == OWN_GRID:
+            return RuleScheduler.of(rule, order, own, steps)
+        return FlowModeScheduler.of(rule, order, flow_mode(own), steps)
+
+    return make
+
+
+def flow_mode(own: SchedulerMixin) -> DPMSolverMultistepScheduler:
+    """diffusers' DPM-Solver++(2M) for a flow model, shifted as the pipeline's own scheduler is."""
+    shift = own.config.get("flow_shift", own.config.get("shift", 1.0))
+    settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    return DPMSolverMultistepScheduler.from_config(own.config, **settings)
 
 
 def learned(path: str, own: SchedulerMixin, untrained: bool = False) -> dict[str, Factory]:

@@ -95,12 +95,24 @@ def test_ddim_is_the_stock_scheduler_on_its_trailing_grid(sampler):
 @pytest.mark.parametrize("name", FLOW_SOLVERS)
 def test_flow_models_have_their_own_grid(name):
     pipe, call = tiny_pipeline("flux")
-    (grid,) = classical(name, pipe.scheduler)
-    expected = run(pipe, call, num_inference_steps=4)
-    pipe.scheduler = classical(name, pipe.scheduler)[grid](pipe.scheduler, 4, 2.5)
-    latents = run(pipe, call, num_inference_steps=4)
-    assert torch.equal(latents, expected) == (name == "ddim")
-    assert latents.isfinite().all()
+    own, expected = pipe.scheduler, run(pipe, call, num_inference_steps=4)
+    for grid, make in classical(name, own).items():
+        pipe.scheduler = make(own, 4, 2.5)
+        latents = run(pipe, call, num_inference_steps=4)
+        assert torch.equal(latents, expected) == (name in ("ddim", "euler") and grid == "own")
+        assert latents.isfinite().all()
+
+
+def test_dpmpp2m_on_a_flow_model_is_diffusers_own_in_flow_mode():
+    """Through the pipeline, dynamic shifting included."""
+    pipe, call = tiny_pipeline("flux")
+    own = pipe.scheduler
+    pipe.scheduler = classical("dpmpp2m", own)["flow_mode"](own, 5, 2.5)
+    mine = run(pipe, call, num_inference_steps=5)
+    settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(own.config, **settings)
+    torch.testing.assert_close(mine, run(pipe, call, num_inference_steps=5), rtol=1e-3, atol=1e-4)
+    assert pipe.scheduler.sigmas[0] < 1
 
 
 def test_heun_on_a_flow_model_has_second_order_and_asks_at_the_right_times():
