@@ -165,6 +165,20 @@ def test_rows_share_their_first_evaluation_only_with_the_same_picture(dataset, p
     assert not torch.allclose(previews.latents_BCHW[0], previews.latents_BCHW[2], atol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["FluxPipeline", "FluxKontextPipeline"])
+def test_the_grid_is_shifted_for_the_size_of_the_picture(name, model):
+    """μ is that of the scheduler for 64 and for 256 tokens; those of a picture to edit do not count."""
+    pipe = open_pipeline(str(model), pipeline=name)
+    scheduler = ConsistencySolverScheduler.from_scheduler(pipe.scheduler)
+    grids = [Renderer(pipe, scheduler, size, size).grid(4) for size in (64, 128)]
+    assert [grid["mu"] for grid in grids] == pytest.approx([0.5, 1.15])
+    small, large = (scheduler.base_grid(4, **grid)[1].s for grid in grids)
+    linear = torch.tensor([1.0, 0.75, 0.5, 0.25])
+    for mu, shifted in ((0.5, small), (1.15, large)):
+        e = torch.tensor(mu).exp()
+        torch.testing.assert_close(shifted.float(), torch.cat([e / (e + 1 / linear - 1), torch.zeros(1)]))
+
+
 def test_guidance_is_classifier_free_where_the_network_is_told_no_scale(model, pipe):
     assert guidance(pipe, 3.0, 2) == {"true_cfg_scale": 3.0, "negative_prompt": ["", ""]}
     assert text_length(pipe) == {"max_sequence_length": 32}
