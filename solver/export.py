@@ -65,6 +65,10 @@ WHAT = {
     "pipeline": "It is the scheduler of this pipeline, for guidance {guidance:g} and {counts} steps. Any other number "
     "of steps is an error, another guidance goes unnoticed.",
 }
+SHIFTED = (
+    " They are exact for pictures whose grid is shifted by μ = {mu:g}, so of one size; on the grids of others it uses "
+    "the same residuals. `--mu` bakes for another size."
+)
 LEARNED = {  # learn_weights, learn_grid
     (True, True): "weights and time grid were",
     (True, False): "weights were",
@@ -81,13 +85,13 @@ Solver = get_class_from_dynamic_module(
 pipe.scheduler = Solver.from_pretrained(folder)"""
 USAGE = {
     "solver": LOAD_CLASS + "\npipe.scheduler.guidance_scale = {guidance:g}"
-    '\npipe("...", num_inference_steps={steps}, guidance_scale={guidance:g})',
-    "table": LOAD_CLASS + '\npipe("...", num_inference_steps={steps}, guidance_scale={guidance:g})',
+    '\npipe("...", num_inference_steps={steps}, {told})',
+    "table": LOAD_CLASS + '\npipe("...", num_inference_steps={steps}, {told})',
     "pipeline": """\
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True)
-pipe("...", num_inference_steps={steps}, guidance_scale={guidance:g})""",
+pipe("...", num_inference_steps={steps}, {told})""",
 }
 
 
@@ -122,6 +126,8 @@ def export(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not empty; choose a new folder.")
     guidance = solver.guidance_scale if guidance_scale is None else guidance_scale
+    if solver.config.use_dynamic_shifting and mu is None:
+        mu = solver.config.max_shift
     if kind == "solver":
         if solver.policy is None:
             raise ValueError("A baked table has no weights, so it cannot become a solver; export it as a table.")
@@ -135,7 +141,7 @@ def export(
     else:
         exported.save_pretrained(output)
         shutil.copy(_source_file(), output / _source_file().name)
-    (output / "README.md").write_text(model_card(exported, kind, output.name, model, metrics))
+    (output / "README.md").write_text(model_card(exported, kind, output.name, model, metrics, mu))
     return output
 
 
@@ -143,7 +149,6 @@ def _bake(solver, guidance_scale, steps, mu):
     if not solver.config.use_dynamic_shifting:
         return solver.bake(steps, guidance_scale, mu)
     # Pipelines of these models name their own grid, and the baked residuals are applied to that.
-    mu = solver.config.max_shift if mu is None else mu
     return solver.bake(steps, guidance_scale, mu, lambda count: [1 - i / count for i in range(count)])
 
 
@@ -176,13 +181,16 @@ def _source_file() -> Path:
     return Path(__file__).with_name("scheduling_consistency_solver.py")
 
 
-def model_card(solver, kind: str, folder: str, model: str | None, metrics: dict | None) -> str:
+def model_card(
+    solver, kind: str, folder: str, model: str | None, metrics: dict | None, mu: float | None = None
+) -> str:
     """README.md of an export: what it is, how to load it, its coefficients, how good it is."""
     published = kind == "solver" and solver.config.inputs == "published"
     counts, guidance = solver.known_steps, solver.guidance_scale
     facts = {"folder": folder, "guidance": guidance, "steps": 5 if 5 in counts else counts[0]}
-    facts["counts"] = _span(counts)
+    facts |= {"counts": _span(counts), "told": _told(model, guidance)}
     on_hub = model and not Path(model).exists()
+    shifted = SHIFTED.format(mu=mu) if solver.policy is None and mu is not None else ""
     return CARD.format(
         base_model=f"base_model: {model}\n" if on_hub else "",
         for_model=f" for {model}" if model else "",
@@ -190,12 +198,20 @@ def model_card(solver, kind: str, folder: str, model: str | None, metrics: dict 
         learned=LEARNED[solver.config.learn_weights, solver.config.learn_grid],
         rule=solver.config.base_rule,
         trained=_trained(solver),
-        what=WHAT["published" if published else kind].format(**facts),
+        what=WHAT["published" if published else kind].format(**facts) + shifted,
         usage=USAGE[kind].format(**facts),
         coefficients=_coefficients(solver, facts["steps"], guidance),
         evaluation=_evaluation(metrics) if metrics else "",
         **facts,
     )
+
+
+def _told(model: str | None, guidance: float) -> str:
+    """How a pipeline is told the guidance scale: some transformers know none, and are guided by an empty prompt."""
+    config = Path(model or "", "transformer", "config.json")
+    if config.is_file() and json.loads(config.read_text()).get("guidance_embeds") is False:
+        return f'negative_prompt="", true_cfg_scale={guidance:g}'
+    return f"guidance_scale={guidance:g}"
 
 
 def _span(counts: Sequence[int]) -> str:
@@ -308,7 +324,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="pipeline that the solver was trained on: hub id or local folder")
     parser.add_argument("--guidance_scale", type=float, help="to bake for, or begin with; the solver's own by default")
     parser.add_argument("--steps", type=int, nargs="+", help="to bake for; those it was trained on by default")
-    parser.add_argument("--mu", type=float, help="shift to bake for, of flow models with dynamic shifting")
+    parser.add_argument("--mu", type=float, help="shift to bake for, of flow models whose grid depends on the size")
     parser.add_argument("--metrics", type=Path, help="metrics.json of evaluate.py, for the model card")
     return parser
 

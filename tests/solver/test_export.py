@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
 from solver import ConsistencySolverScheduler
-from solver.export import KINDS, export, main
+from solver.export import KINDS, export, main, model_card
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 
@@ -243,3 +243,22 @@ def test_errors_name_what_is_wrong(folder, tmp_path):
     with pytest.raises(ValueError, match="not empty"):
         main([str(folder / "solver"), "--to", "solver", str(folder)])
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_card_guides_as_the_model_does(told, tmp_path):
+    """`guidance_scale` would be ignored by a FLUX that is told none."""
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"guidance_embeds": told}))
+    solver = trained(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    for kind in KINDS:
+        card = model_card(solver, kind, "out", str(tmp_path), None)
+        assert ("num_inference_steps=5, guidance_scale=3)" in card) == told
+        assert ('num_inference_steps=5, negative_prompt="", true_cfg_scale=3)' in card) == (not told)
+
+
+def test_the_card_says_for_which_size_a_table_is(tmp_path):
+    solver = trained(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.2))
+    for kind, mu, said in (("table", None, "μ = 1.2"), ("table", 0.5, "μ = 0.5"), ("solver", None, None)):
+        card = (export(solver, kind, tmp_path / f"{kind}{mu}", mu=mu, steps=[4]) / "README.md").read_text()
+        assert said in card if said else "μ" not in card
