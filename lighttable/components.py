@@ -5,19 +5,44 @@ from dataclasses import dataclass, field
 import gradio as gr
 
 from evaluation.recipe import METHODS
-from lighttable.form import COMPARED, NAMES
+from lighttable.form import COMPARED, MOST_PICTURES, NAMES
 from lighttable.table import LightTable
 
 CSS = """
 .wrong {color: #b91c1c; font-weight: 600; margin: 0.25rem 0}
 .dark .wrong {color: #fca5a5}
 .said {margin: 0.25rem 0}
-.scores {border-collapse: collapse; width: 100%}
-.scores caption {text-align: left; font-weight: 600; padding: 0.25rem 0}
-.scores th, .scores td {text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; overflow-wrap: anywhere}
-.status {min-height: 3.5rem}
+.scores, .facts {border-collapse: collapse; width: 100%}
+.scores caption, .facts caption {text-align: left; font-weight: 600; padding: 0.25rem 0}
+.prose table :is(th, td) {border: 0; border-bottom: 1px solid var(--border-color-primary)}
+.prose table :is(th, td) {text-align: left; padding: 0.25rem 0.75rem 0.25rem 0}
+.prose table, .prose table tr {border: 0}
+.facts td {overflow-wrap: anywhere}
+.html-container {padding: 0}
+.cost {min-height: 1.75rem}
+.status {min-height: 2.5rem}
+.shelf .grid-container {padding-top: 1.75rem}
+.shelf .grid-wrap {min-height: 0; max-height: none}
+.shelf:has(.preview) .grid-wrap {min-height: 24rem}
+.shelf .caption-label {white-space: normal; text-align: left}
+#sheet .thumbnail-item {border: 0; box-shadow: none}
+footer .divider, .label-clear-button {display: none}
 button:focus-visible, input:focus-visible, textarea:focus-visible {outline: 3px solid var(--primary-500)}
 """
+# A picture whose box is checked has a frame and a tick: without a question to the server, and for the keyboard too.
+CSS += "".join(
+    f"""
+body:has(#picks label:nth-of-type({n}) :checked) #sheet .gallery-item:nth-child({n}) {{
+    .thumbnail-item {{outline: 4px solid #1d4ed8}}
+    .caption-label::before {{content: "✓ "}}
+}}"""
+    for n in range(1, MOST_PICTURES + 1)
+)
+# A picture that is clicked checks its box, likewise at once: however quick the clicks are, none is lost.
+SCRIPT = """() => document.addEventListener("click", (event) => {
+    const picture = event.target.closest("#sheet .gallery-item");
+    if (picture) document.querySelectorAll("#picks input")[[...picture.parentNode.children].indexOf(picture)]?.click();
+})"""
 DARK_TEXT, LIGHT_TEXT = "*neutral_700", "*neutral_200"
 
 
@@ -41,9 +66,9 @@ class Parts:
     fields: dict[str, gr.components.Component] = field(default_factory=dict)
     slots: dict[str, gr.HTML] = field(default_factory=dict)
     sheet: dict = field(default_factory=dict)
+    refine: dict = field(default_factory=dict)
     compare: dict = field(default_factory=dict)
     history: dict = field(default_factory=dict)
-    status: gr.HTML | None = None
 
     def place(self, name: str, component: gr.components.Component) -> None:
         """A field of the form, with the place for its message."""
@@ -55,15 +80,16 @@ def lay_out(table: LightTable, forget) -> Parts:
     """Everything, within `gr.Blocks`. `forget` is called with a visit that is over."""
     parts = Parts(gr.State(None, delete_callback=forget))
     gr.Markdown("# The light table\nMany quick previews, one pick, one full render of exactly that picture.")
-    _form(parts, table)
-    parts.status = gr.HTML(elem_classes="status")
-    with gr.Tabs():
-        with gr.Tab("Proof sheet"):
-            _sheet_tab(parts)
-        with gr.Tab("Compare"):
-            _compare_tab(parts, table)
-        with gr.Tab("History"):
-            _history_tab(parts)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            _form(parts, table)
+        with gr.Column(scale=5, min_width=320), gr.Tabs():
+            with gr.Tab("Proof sheet"):
+                _sheet_tab(parts)
+            with gr.Tab("Compare"):
+                _compare_tab(parts, table)
+            with gr.Tab("History"):
+                _history_tab(parts)
     gr.Markdown(f"Model: `{table.model}`" + (f", learned solver: `{table.solver}`" if table.solver else ""))
     return parts
 
@@ -72,56 +98,59 @@ def _form(parts: Parts, table: LightTable) -> None:
     height, width = table.default_size
     about = "What the picture shows. Several prompts: one a line."
     parts.place("prompts", gr.Textbox(label="Prompt", info=about, lines=2))
-    method = "solver" if table.solver else "few"
-    parts.place("method", gr.Radio(_methods(METHODS), value=method, label="Method"))
-    with gr.Row():
-        with gr.Column(min_width=140):
-            parts.place("steps", gr.Number(5, label="Steps", info="Of a preview."))
-        with gr.Column(min_width=140):
-            parts.place("candidates", gr.Number(8, label="Candidates", info="Seeds of each prompt."))
-        with gr.Column(min_width=140):
-            parts.place("seed", gr.Number(7, label="First seed", info="The others follow it."))
-        with gr.Column(min_width=140):
-            parts.place("is_random", gr.Checkbox(False, label="Random", info="Another first seed each time."))
+    parts.place("method", gr.Radio(_methods(table), value=table.methods[0], label="Method"))
+    _row(parts, ("steps", 5, "Steps", "Of a preview."), ("candidates", 8, "Candidates", "Seeds of each prompt."))
+    random = ("is_random", False, "Random", "Another first seed each time.")
+    _row(parts, ("seed", 7, "First seed", "The others follow it."), random)
     with gr.Accordion("More settings", open=False):
         parts.place("negative_prompt", gr.Textbox(label="Negative prompt", info="What the picture shall not show."))
-        with gr.Row():
-            for name, value, label in (
-                ("guidance_scale", 3, "Guidance"),
-                ("full_steps", 40, "Steps of a full render"),
-                ("height", height, "Height in pixels"),
-                ("width", width, "Width in pixels"),
-            ):
-                with gr.Column(min_width=140):
-                    parts.place(name, gr.Number(value, label=label))
+        _row(parts, ("guidance_scale", 3, "Guidance", None), ("full_steps", 40, "Steps of a full render", None))
+        _row(parts, ("height", height, "Height in pixels", None), ("width", width, "Width in pixels", None))
     parts.fields = {name: parts.fields[name] for name in NAMES}
 
 
+def _row(parts: Parts, *fields: tuple[str, float | bool, str, str | None]) -> None:
+    """Fields side by side, each (name, value, label, info); the places for their messages are below the row."""
+    with gr.Row(equal_height=True):
+        for name, value, label, about in fields:
+            kind = gr.Checkbox if isinstance(value, bool) else gr.Number
+            parts.fields[name] = kind(value, label=label, info=about, min_width=140)
+    for name, *_ in fields:
+        parts.slots[name] = gr.HTML(visible=False)
+
+
 def _sheet_tab(parts: Parts) -> None:
-    sheet = parts.sheet
-    sheet["cost"] = gr.HTML()
-    sheet["run"], sheet["stop"] = _run_and_stop("Make the proof sheet")
+    sheet, refine = parts.sheet, parts.refine
+    sheet["cost"] = gr.HTML(elem_classes="cost")
+    _run_and_stop(sheet, "Make the proof sheet")
     sheet["gallery"] = _gallery("Proof sheet: click a picture to pick it", allow_preview=False, elem_id="sheet")
-    sheet["picks"] = gr.CheckboxGroup([], label="Picked", info="The pictures to refine.")
-    parts.slots["picks"] = gr.HTML(visible=False)
-    sheet["refine"] = gr.Button("Refine the picked pictures", variant="primary")
-    with gr.Row():
-        sheet["slider"] = gr.ImageSlider(
-            label="Preview, and full render", format="png", interactive=False, max_height=512, min_width=300
-        )
-        sheet["refined"] = _gallery("Refined: click one to see it beside its preview", columns=2)
-    sheet["scores"] = gr.HTML()
+    with gr.Column(visible=False) as sheet["picking"]:
+        sheet["picks"] = gr.CheckboxGroup([], label="Picked", info="The pictures to refine.", elem_id="picks")
+        parts.slots["picks"] = gr.HTML(visible=False)
+        refine["cost"] = gr.HTML(elem_classes="cost")
+        _run_and_stop(refine, "Refine the picked pictures")
+    with gr.Column(visible=False) as refine["results"]:
+        with gr.Row():
+            refine["slider"] = gr.ImageSlider(
+                label="Preview, and full render",
+                format="png",
+                interactive=False,
+                max_height=512,
+                min_width=300,
+                buttons=["fullscreen"],  # a download from here would not remember how it was made
+            )
+            refine["gallery"] = _gallery("Refined: click one to see it beside its preview", columns=2)
+        refine["scores"] = gr.HTML()
 
 
 def _compare_tab(parts: Parts, table: LightTable) -> None:
     fewest, most = COMPARED
     compare = parts.compare
-    first = ["solver", "few"] if table.solver else ["few", "full"]
     about = f"{fewest} to {most} methods, a row each, from the seeds of the form."
-    compare["methods"] = gr.CheckboxGroup(_methods(METHODS), value=first, label="Methods", info=about)
+    compare["methods"] = gr.CheckboxGroup(_methods(table), value=table.methods[:fewest], label="Methods", info=about)
     parts.slots["methods"] = gr.HTML(visible=False)
-    compare["cost"] = gr.HTML()
-    compare["run"], compare["stop"] = _run_and_stop("Compare")
+    compare["cost"] = gr.HTML(elem_classes="cost")
+    _run_and_stop(compare, "Compare")
     compare["rows"] = [_gallery("", columns=8, visible=False) for _ in range(most)]
 
 
@@ -132,15 +161,18 @@ def _history_tab(parts: Parts) -> None:
     parts.history["files"] = gr.Files(label=about, interactive=False)
 
 
-def _run_and_stop(label: str) -> tuple[gr.Button, gr.Button]:
+def _run_and_stop(part: dict, label: str) -> None:
     with gr.Row():
-        return gr.Button(label, variant="primary"), gr.Button("Stop", variant="stop")
+        part["run"] = gr.Button(label, variant="primary", scale=4)
+        part["stop"] = gr.Button("Stop", variant="stop", scale=1, min_width=80)
+    part["status"] = gr.HTML(elem_classes="status")
 
 
 def _gallery(label: str, columns: int = 4, **settings) -> gr.Gallery:
-    fixed = {"object_fit": "contain", "interactive": False, "buttons": ["download", "fullscreen"]}
+    fixed = {"object_fit": "contain", "height": "auto", "fit_columns": False, "elem_classes": "shelf"}
+    fixed |= {"interactive": False, "buttons": ["download", "fullscreen"]}
     return gr.Gallery(label=label, columns=columns, **fixed, **settings)
 
 
-def _methods(names) -> list[tuple[str, str]]:
-    return [(METHODS[name], name) for name in names]
+def _methods(table: LightTable) -> list[tuple[str, str]]:
+    return [(METHODS[name], name) for name in table.methods]

@@ -15,7 +15,7 @@ import torch
 
 from evaluation.recipe import METHODS
 from lighttable import runs, wording
-from lighttable.components import CSS, Parts, lay_out, theme
+from lighttable.components import CSS, SCRIPT, Parts, lay_out, theme
 from lighttable.form import Form, FormError, compared, picks, recipes
 from lighttable.table import LightTable, Stopped
 from lighttable.visit import Kept, Visit
@@ -49,7 +49,7 @@ def serve(table: LightTable, output: Path, waiting: int = 16, **launch) -> gr.Bl
     os.environ["GRADIO_TEMP_DIR"] = str(output)  # the one folder that gradio serves files from
     page = build(table, output / "visits")
     page.queue(max_size=waiting, api_open=False)
-    looks = {"css": CSS, "theme": theme(), "footer_links": ["settings"]}
+    looks = {"css": CSS, "js": SCRIPT, "theme": theme(), "footer_links": ["settings"]}
     page.launch(show_error=False, max_file_size="1kb", ssr_mode=False, **looks, **launch)
     return page
 
@@ -98,53 +98,65 @@ class Events:
         except FormError as error:
             return "", error
 
+    def refine_cost(self, visit: Visit | None, picked: list | None) -> str:
+        """What refining the picks will cost; nothing is wrong yet if there are none."""
+        sheet = visit.sheet if visit else []
+        try:
+            recipes = [sheet[number].recipe for number in picks(picked, len(sheet))]
+        except FormError:
+            return ""
+        return wording.said(wording.costs(self.table.estimate_refinements(recipes)))
+
     # Runs
 
     def make_sheet(self, given: dict, progress=PROGRESS) -> Iterator[dict]:
-        yield from self._guarded(lambda: self._sheet(given, progress))
+        yield from self._guarded(self.parts.sheet, lambda: self._sheet(given, progress))
 
     def _sheet(self, given: dict, progress: gr.Progress) -> Iterator[dict]:
-        sheet, visit = self.parts.sheet, self._visit(given)
+        sheet, refine, visit = self.parts.sheet, self.parts.refine, self._visit(given)
         asked = recipes(self._form(given), self.table)
         several = len({recipe.prompt for recipe in asked}) > 1
-        no_picks = gr.update(choices=[], value=[])
-        yield {sheet["gallery"]: [], sheet["picks"]: no_picks} | {
-            sheet["slider"]: None,
-            sheet["refined"]: [],
-            sheet["scores"]: "",
+        yield {
+            sheet["gallery"]: [],
+            sheet["picks"]: gr.update(choices=[], value=[]),
+            sheet["picking"]: gr.update(visible=False),
+            refine["results"]: gr.update(visible=False),
+            refine["status"]: "",
         }
         for made in runs.sheet(self.table, visit, asked, visit.begin(), told(progress, len(asked))):
             yield {
                 sheet["gallery"]: shown(made, several),
                 sheet["picks"]: gr.update(choices=choices(made)),
-                self.parts.status: wording.said(f"{len(made)} of {wording.count(len(asked), 'picture')}."),
+                sheet["picking"]: gr.update(visible=True),
+                sheet["status"]: wording.said(f"{len(made)} of {wording.count(len(asked), 'picture')}."),
             }
 
     def refine(self, given: dict, progress=PROGRESS) -> Iterator[dict]:
-        yield from self._guarded(lambda: self._refine(given, progress))
+        yield from self._guarded(self.parts.refine, lambda: self._refine(given, progress))
 
     def _refine(self, given: dict, progress: gr.Progress) -> Iterator[dict]:
-        sheet, visit = self.parts.sheet, self._visit(given)
-        numbers = picks(given[sheet["picks"]], len(visit.sheet))
+        refine, visit = self.parts.refine, self._visit(given)
+        numbers = picks(given[self.parts.sheet["picks"]], len(visit.sheet))
         estimate = self.table.estimate([kept.recipe for kept in visit.sheet])
         for pairs in runs.refinements(self.table, visit, numbers, visit.begin(), told(progress, len(numbers))):
             refined = [pair.full.evaluations for pair in pairs]
             scores = wording.scores_table((wording.title(pair.preview.recipe), pair.scores) for pair in pairs)
             yield {
-                sheet["slider"]: pairs[-1].side_by_side(),
-                sheet["refined"]: [(str(pair.full.path), wording.title(pair.full.recipe)) for pair in pairs],
-                sheet["scores"]: scores,
-                self.parts.status: wording.said(wording.saved(estimate, refined, pairs[-1].full.recipe.steps)),
+                refine["results"]: gr.update(visible=True),
+                refine["slider"]: pairs[-1].side_by_side(),
+                refine["gallery"]: [(str(pair.full.path), wording.title(pair.full.recipe)) for pair in pairs],
+                refine["scores"]: scores,
+                refine["status"]: wording.said(wording.saved(estimate, refined, pairs[-1].full.recipe.steps)),
             }
 
     def compare(self, given: dict, progress=PROGRESS) -> Iterator[dict]:
-        yield from self._guarded(lambda: self._compare(given, progress))
+        yield from self._guarded(self.parts.compare, lambda: self._compare(given, progress))
 
     def _compare(self, given: dict, progress: gr.Progress) -> Iterator[dict]:
         visit, galleries = self._visit(given), self.parts.compare["rows"]
         asked = compared(self._form(given), given[self.parts.compare["methods"]], self.table)
-        total = sum(map(len, asked))
-        yield {gallery: gr.update(value=[], visible=False) for gallery in galleries}
+        total, columns = sum(map(len, asked)), min(max(len(asked[0]), 4), 8)
+        yield {gallery: gr.update(value=[], visible=False, columns=columns) for gallery in galleries}
         for made in runs.comparison(self.table, visit, asked, visit.begin(), told(progress, total)):
             done = sum(map(len, made))
             rows = {
@@ -152,7 +164,7 @@ class Events:
                 for gallery, row in zip(galleries, made, strict=False)
                 if row
             }
-            yield rows | {self.parts.status: wording.said(f"{done} of {wording.count(total, 'picture')}.")}
+            yield rows | {self.parts.compare["status"]: wording.said(f"{done} of {wording.count(total, 'picture')}.")}
 
     def stop(self, visit: Visit | None) -> str:
         if visit is not None:
@@ -160,11 +172,6 @@ class Events:
         return wording.said(STOPPED)
 
     # Looking
-
-    def toggle(self, picked: list | None, event: gr.SelectData) -> list:
-        """A picture that was clicked is picked, or no longer."""
-        number, picked = str(event.index + 1), picked or []
-        return [other for other in picked if other != number] if number in picked else [*picked, number]
 
     def look(self, visit: Visit | None, event: gr.SelectData):
         """A refined picture beside its preview."""
@@ -182,9 +189,9 @@ class Events:
 
     # Shared
 
-    def _guarded(self, run: Callable[[], Iterator[dict]]) -> Iterator[dict]:
+    def _guarded(self, part: dict, run: Callable[[], Iterator[dict]]) -> Iterator[dict]:
         """What a run yields, after the messages of the last one; an error is a sentence, next to its field if any."""
-        status = self.parts.status
+        status = part["status"]
         yield self._messages() | {status: ""}
         try:
             yield from run()
@@ -222,41 +229,51 @@ class Events:
 
 def _wire(page: gr.Blocks, parts: Parts, events: Events) -> None:
     """Which component calls what."""
-    visit, sheet, compare, history = parts.visit, parts.sheet, parts.compare, parts.history
-    form, places = [*parts.fields.values()], [parts.status, *parts.slots.values()]
+    visit, sheet, refine, compare, history = parts.visit, parts.sheet, parts.refine, parts.compare, parts.history
+    form, slots = [*parts.fields.values()], [*parts.slots.values()]
     costs = {
         "fn": events.cost,
         "inputs": {*form, compare["methods"]},
-        "outputs": [sheet["cost"], compare["cost"], *places[1:]],
+        "outputs": [sheet["cost"], compare["cost"], *slots],
     }
     page.load(events.arrive, None, visit, **AT_ONCE).then(**costs, **AT_ONCE)
     page.unload(events.leave)
     changes = [component.change for component in (*form, compare["methods"])]
     gr.on(changes, **costs, trigger_mode="always_last", **AT_ONCE)
 
-    result = [sheet["slider"], sheet["refined"], sheet["scores"]]
     device = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
-    device["show_progress_on"] = parts.status
+    results = [refine["results"], refine["slider"], refine["gallery"], refine["scores"], refine["status"]]
     running = [
         gr.on(
             [sheet["run"].click, parts.fields["prompts"].submit],
             events.make_sheet,
             {visit, *form},
-            [sheet["gallery"], sheet["picks"], *result, *places],
+            [sheet["gallery"], sheet["picking"], sheet["picks"], sheet["status"], *results, *slots],
+            show_progress_on=sheet["status"],
             **device,
         ),
-        sheet["refine"].click(events.refine, {visit, sheet["picks"]}, [*result, *places], **device),
+        refine["run"].click(
+            events.refine,
+            {visit, sheet["picks"]},
+            [*results, *slots],
+            show_progress_on=refine["status"],
+            **device,
+        ),
         compare["run"].click(
-            events.compare, {visit, *form, compare["methods"]}, [*compare["rows"], *places], **device
+            events.compare,
+            {visit, *form, compare["methods"]},
+            [*compare["rows"], compare["status"], *slots],
+            show_progress_on=compare["status"],
+            **device,
         ),
     ]
     past = (events.history, visit, [history["gallery"], history["files"], history["facts"]])
     for run in running:
         run.then(*past, **AT_ONCE)
-    for part in (sheet, compare):
-        part["stop"].click(events.stop, visit, parts.status, cancels=running, **AT_ONCE).then(*past, **AT_ONCE)
-    sheet["gallery"].select(events.toggle, sheet["picks"], sheet["picks"], **AT_ONCE)
-    sheet["refined"].select(events.look, visit, sheet["slider"], **AT_ONCE)
+    for part in (sheet, refine, compare):
+        part["stop"].click(events.stop, visit, part["status"], cancels=running, **AT_ONCE).then(*past, **AT_ONCE)
+    sheet["picks"].change(events.refine_cost, [visit, sheet["picks"]], refine["cost"], **AT_ONCE)
+    refine["gallery"].select(events.look, visit, refine["slider"], **AT_ONCE)
     history["gallery"].select(events.facts, visit, history["facts"], **AT_ONCE)
 
 

@@ -21,11 +21,12 @@ from diffusers.hooks import HookRegistry, ModelHook
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from evaluation.recipe import LEARNED, SMALL, Made, Recipe, go_on, load_solver, make, size, work
+from evaluation.recipe import LEARNED, METHODS, SMALL, Made, Recipe, go_on, load_solver, make, options, size, work
 from evaluation.remembered import remembered, surroundings
 from evaluation.rendering import load_pipeline
 from rewards import Reward, load_reward
 from solver.samplers.calls import guides_by_true_cfg
+from solver.samplers.cascade import is_flow
 from solver.samplers.latents import default_size, denoiser
 from solver.samplers.preview import Checkpoint
 
@@ -104,6 +105,13 @@ class LightTable:
         self._device = threading.Lock()
         self._seconds: tuple[float, float] | None = None  # an evaluation takes a pixel, a picture besides
 
+    @property
+    def methods(self) -> list[str]:
+        """Keys of `METHODS` that this model, with or without a learned solver, can do."""
+        missing = () if self.learned is not None else LEARNED
+        missing += () if is_flow(self.pipe.scheduler) else SMALL
+        return [method for method in METHODS if method not in missing]
+
     @classmethod
     def open(
         cls,
@@ -129,6 +137,15 @@ class LightTable:
             height, width = size(self.pipe, recipes[0])
             seconds = done * a_pixel * height * width + besides * len(recipes)
         return Estimate(len(recipes), sum(one.evaluations for one in works), done / full, seconds)
+
+    def estimate_refinements(self, previews: Sequence[Recipe]) -> Estimate:
+        """What the full renders of these previews will cost; a half-size one has begun its own."""
+        fulls = [recipe.full for recipe in previews]
+        begun = sum(options(recipe).full_steps for recipe in previews if recipe.method in SMALL)
+        whole = self.estimate(fulls)
+        left = 1 - begun / whole.evaluations
+        seconds = None if whole.seconds is None else whole.seconds * left
+        return Estimate(len(fulls), whole.evaluations - begun, left, seconds)
 
     def warm_up(self) -> None:
         """Two small runs, of which the second is timed, so that the first estimate has seconds."""

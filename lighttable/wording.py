@@ -68,7 +68,7 @@ def scores_table(rows: Iterable[tuple[str, dict[str, float]]]) -> str:
 def facts_table(facts: dict[str, str]) -> str:
     """What a PNG remembers."""
     rows = "".join(_row(name, [value]) for name, value in facts.items())
-    return f'<table class="scores"><caption>How it was made</caption><tbody>{rows}</tbody></table>'
+    return f'<table class="facts"><caption>How it was made</caption><tbody>{rows}</tbody></table>'
 
 
 def title(recipe: Recipe) -> str:

@@ -1,8 +1,7 @@
 """The light table in a headless Chromium, at the size of a desk and of a phone: `make test-browser`.
 
 Needs playwright (pip) and a Chromium: Debian's package, or the program that CHROMIUM names. Screenshots of each page
-go to the folder that SCREENSHOTS names, if it does; PATIENCE multiplies all limits on a busy machine. Not yet run to
-the end anywhere: expect locators to need a correction.
+go to the folder that SCREENSHOTS names, if it does; PATIENCE multiplies all limits on a busy machine.
 """
 
 import os
@@ -107,14 +106,20 @@ def test_by_mouse_from_the_first_visit_to_the_refined_picture(visit, table):
     asked = [Recipe(PROMPT, seed, "few", 5) for seed in (7, 8, 9)]
     alone = [picture.image.tobytes() for picture in table.make(asked, threading.Event())]
     assert [image.tobytes() for image in shown(page)] == alone
-    page.locator("#sheet .thumbnail-item").nth(1).click()
+    first, second = page.locator("#sheet .thumbnail-item").nth(0), page.locator("#sheet .thumbnail-item").nth(1)
+    first.click()
+    second.click()
+    first.click()  # no longer
     api.expect(page.get_by_label("2 · seed 8")).to_be_checked()
+    api.expect(second).to_have_css("outline-style", "solid")
+    api.expect(first).to_have_css("outline-style", "none")
+    says(page, "1 picture, 40 network evaluations")
     page.get_by_role("button", name="Refine the picked pictures").click()
     says(page, "refinement took")
     says(page, "pixels (dB)")
     shoot(page, "refined")
     page.get_by_role("tab", name="History").click()
-    says(page, "001-few-seed7.png")
+    api.expect(page.get_by_label("001-few-seed7.png")).to_be_visible(timeout=60 * SECONDS)
     shoot(page, "history")
 
 

@@ -118,7 +118,7 @@ def test_errors_are_sentences_next_to_their_field(page):
         ({"Prompt": "x" * 10_000}, "10,000 characters"),
         ({"Prompt": "x", "Candidates": 500}, "Candidates 500: expected a whole number"),
         ({"Prompt": "x", "First seed": -1}, "The first seed -1"),
-        ({"Prompt": "x", "Method": "half"}, "is no flow model"),
+        ({"Prompt": "x", "Width in pixels": 17}, "needs multiples of 2"),
     ):
         said = visitor.call("make_sheet", **values)
         assert message in said and 'role=\\"alert\\"' in said and "Traceback" not in said

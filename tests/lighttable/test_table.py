@@ -8,7 +8,7 @@ from PIL import Image
 
 from evaluation.recipe import METHODS, Recipe, options
 from lighttable import runs
-from lighttable.table import Stopped
+from lighttable.table import LightTable, Stopped
 from lighttable.visit import Visit
 from lighttable.wording import costs, facts_table, saved, scores_table
 
@@ -34,6 +34,21 @@ def test_the_estimate_is_what_a_run_takes(method, flux_table, never):
         assert full / 6 + small / 6 / 4 < estimate.share < 1.2 * (full + small) / 6  # text tokens do not shrink
     else:
         assert estimate.share == pytest.approx(len(looks) / (3 if method == "full" else 6))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_estimate_of_a_refinement_is_what_it_takes(method, flux_table, never):
+    (preview,) = flux_table.make(recipes(flux_table, method, seeds=(7,), height=32, width=32), never)
+    estimate = flux_table.estimate_refinements([preview.recipe])
+    full = flux_table.refine(preview, never)
+    assert estimate.evaluations == full.evaluations
+    assert estimate.share == pytest.approx(full.evaluations / preview.recipe.full.steps)
+
+
+def test_methods_are_those_that_the_model_knows(sd_table, flux_table):
+    assert flux_table.methods == list(METHODS)
+    assert sd_table.methods == ["solver", "few", "full"]
+    assert LightTable(sd_table.pipe, "sd").methods == ["few", "full"]
 
 
 def test_seconds_are_of_this_device(sd_table, never):
