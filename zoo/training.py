@@ -225,7 +225,8 @@ def write_log(folder: Path, run: Run, log: list[dict], **facts) -> None:
 def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU cores"
+    count = torch.get_num_threads()
+    return f"{count} CPU core{"s" * (count > 1)}"
 
 
 def parameter_count(module: nn.Module) -> str:
