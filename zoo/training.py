@@ -226,7 +226,7 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     count = torch.get_num_threads()
-    return f"{count} CPU core{"s" * (count > 1)}"
+    return f"{count} CPU core{'s' * (count > 1)}"
 
 
 def parameter_count(module: nn.Module) -> str:
