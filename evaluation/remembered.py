@@ -78,6 +78,8 @@ def recipe_of(facts: Mapping[str, str]) -> Recipe:
     """
     if missing := [name for name in ("prompt", "seed", "solver", "steps") if name not in facts]:
         raise ValueError(f"The picture does not say its {', '.join(missing)}, so it cannot be made again from itself.")
+    if "image" in facts:
+        raise ValueError(f"The picture is an edit of {facts['image'][:80]!r}, which it does not remember.")
     if re.match(r"ralu\b", facts["solver"]):
         raise ValueError("The picture was made by `sample.py ralu`, whose schedule it does not remember.")
     kinds = {"seed": int, "steps": int, "full_steps": int, "height": int, "width": int, "guidance_scale": float}

@@ -69,12 +69,14 @@ class Results:
         config: of the evaluation.
         latent_shape: of a picture.
         reference: features of reference pictures by name; None where they are the full-step pictures.
+        grids: number of steps of the learned solver -> what the pipeline names of its grid, as of `base_grid`.
         measured: one entry for each columns of the config.
     """
 
     config: EvaluationConfig
     latent_shape: tuple[int, ...]
     reference: dict[str, torch.Tensor] | None
+    grids: Mapping[int, dict] = field(default_factory=dict)
     measured: list[Measured] = field(default_factory=list)
 
 
@@ -125,7 +127,7 @@ def make_metrics(results: Results) -> dict:
         "full_steps": {"scheduler": config.scheduler, "steps": config.num_inference_steps, **config.scheduler_kwargs},
         "reference": config.reference or "full-step pictures",
         "learned": config.learned,
-        "coefficients": coefficients(config) if config.learned else [],
+        "coefficients": coefficients(config, results.grids) if config.learned else [],
         "latent_shape": list(results.latent_shape),
         "hardware": hardware(),
         "dtype": config.dtype,
@@ -284,18 +286,21 @@ def describe_metric(name: str, config: EvaluationConfig) -> dict:
     return {"unit": unit, "higher_is_better": not lower, "trained_on": name in config.trained_on}
 
 
-def coefficients(config: EvaluationConfig) -> list[dict]:
+def coefficients(config: EvaluationConfig, grids: Mapping[int, dict]) -> list[dict]:
     """The learned table and that of its base rule on its base grid, for every number of steps and guidance scale."""
     solver = ConsistencySolverScheduler.from_pretrained(config.learned)
-    if solver.is_flow:  # its grid depends on the pipeline's call
-        return []
     base = ConsistencySolverScheduler.from_config(solver.config, coefficients=None)
+
+    def table(scheduler: ConsistencySolverScheduler, steps: int, guidance: float) -> dict:
+        found = scheduler.coefficients(steps, guidance, **grids.get(steps, {}))
+        return {name: value.tolist() for name, value in found._asdict().items()}
+
     return [
         {
             "steps": steps,
             "guidance_scale": guidance,
-            "learned": {k: v.tolist() for k, v in solver.coefficients(steps, guidance)._asdict().items()},
-            "base": {k: v.tolist() for k, v in base.coefficients(steps, guidance)._asdict().items()},
+            "learned": table(solver, steps, guidance),
+            "base": table(base, steps, guidance),
         }
         for guidance, steps in sorted(
             {(c.guidance_scale, k) for c in config.columns if c.measures("learned") for k in c.steps}

@@ -24,9 +24,10 @@ from evaluation.metrics import ClipScorer, InceptionFeatures
 from evaluation.plots import draw_plots, read_trainer_state
 from evaluation.rendering import NotFiniteError, Sampler, Samples, load_pipeline
 from evaluation.report import Measured, Results, write_report
-from evaluation.solvers import check_run
+from evaluation.solvers import check_run, load_solver
 from evaluation.targets import Targets, reference_images
 from rewards import load_reward
+from solver.rollout import Renderer
 from solver.samplers.calls import check_edits
 
 logger = logging.getLogger("evaluation")
@@ -69,7 +70,7 @@ def evaluate(config: EvaluationConfig) -> dict:
     trainer_state = read_trainer_state(config.trainer_state) if config.trainer_state else None
     bench = make_bench(config)
     log_budget(bench)
-    results = Results(config, bench.sampler.latent_shape, _reference(bench))
+    results = Results(config, bench.sampler.latent_shape, _reference(bench), _grids(bench))
     with logging_redirect_tqdm():
         results.measured = [measure_columns(bench, columns) for columns in config.columns]
     logger.info("%s network evaluations were made.", f"{bench.sampler.evaluations:,}")
@@ -240,6 +241,16 @@ def _try(bench: Bench, few: Task, row: Contender, grid: str, steps: int) -> floa
     except NotFiniteError:
         return None
     return float(cell.values[bench.config.main_metric].mean())
+
+
+def _grids(bench: Bench) -> dict[int, dict]:
+    """What the pipeline names of its grid, for each number of steps of the learned solver."""
+    config = bench.config
+    if not config.learned:
+        return {}
+    renderer = Renderer(bench.pipe, load_solver(config.learned, bench.pipe.scheduler), config.height, config.width)
+    counts = {steps for columns in config.columns if columns.measures("learned") for steps in columns.steps}
+    return {steps: renderer.grid(steps) for steps in sorted(counts)}
 
 
 def _reference(bench: Bench) -> dict[str, torch.Tensor] | None:

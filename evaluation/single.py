@@ -10,11 +10,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from data.build_config import PUBLISHED_SCHEDULER, PUBLISHED_SCHEDULER_KWARGS
 from data.noise import initial_noise
+from data.prompts import source_picture
 from data.teacher import make_scheduler
 from evaluation.rendering import NotFiniteError
 from evaluation.solvers import is_flow, load_solver
 from solver import ConsistencySolverScheduler
-from solver.samplers.calls import guidance, text_length
+from solver.samplers.calls import encode_sources, guidance, text_length
 from solver.samplers.cascade import call_at_size
 from solver.samplers.latents import decode, default_size, latent_shape, pack, unpack
 
@@ -61,13 +62,21 @@ def sample(
     guidance_scale: float,
     height: int | None = None,
     width: int | None = None,
+    image: str | None = None,
 ) -> Image.Image:
     """The picture of a prompt and a seed: that of `evaluate.py` and of the offline dataset.
 
+    Args:
+        pipe: with the scheduler to use.
+        prompt, seed, steps, guidance_scale, height, width: of the picture.
+        image: file of a picture to edit; it is cut to the shape of the new one, and scaled.
+
     Raises:
+        OSError: there is no such file.
         NotFiniteError: as `to_picture` says.
-        ValueError: the pipeline has no such size, or its scheduler not so many steps.
+        ValueError: the pipeline has no such size or edits no pictures, or its scheduler has not so many steps.
     """
+    size = [given or own for given, own in zip((height, width), default_size(pipe), strict=True)]
     shape = latent_shape(pipe, height, width)
     call = {
         "prompt": [prompt],
@@ -76,7 +85,9 @@ def sample(
         **guidance(pipe, guidance_scale, 1),
         **text_length(pipe),
     }
-    latents = pipe(**call_at_size(pipe, call, height or default_size(pipe)[0], width or default_size(pipe)[1]))[0]
+    if image is not None:
+        call["image"] = encode_sources(pipe, source_picture(Path(image).read_bytes(), *size)[None])
+    latents = pipe(**call_at_size(pipe, call, *size))[0]
     return to_picture(pipe, decode(pipe, unpack(pipe, latents, shape)))
 
 

@@ -8,21 +8,23 @@ also why they are here and not in `solver`, which cannot be imported without tor
 """
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 from evaluation.config import MOST_STEPS, check_guidance, is_step_count
 
-KEPT = ("model", "prompt", "seed", "guidance_scale", "height", "width")  # what a PNG remembers of its picture
+KEPT = ("model", "prompt", "seed", "guidance_scale", "height", "width", "image")  # what a PNG remembers
 
 
 def add_picture_arguments(parser: ArgumentParser) -> None:
-    """Which picture: model, prompt, seed, guidance, size; where it is made and written."""
+    """Which picture: model, prompt, seed, guidance, size, what it edits; where it is made and written."""
     parser.add_argument("--model", help="pipeline: hub id or local folder")
     parser.add_argument("--prompt")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--guidance_scale", type=float, help="default 3, with `--solver` that of the solver")
     parser.add_argument("--height", type=int, help="in pixels; the pipeline's own by default")
     parser.add_argument("--width", type=int, help="in pixels; the pipeline's own by default")
+    parser.add_argument("--image", help="picture to edit, with a FLUX Kontext model; the prompt is what to do")
     add_output_arguments(parser)
 
 
@@ -39,11 +41,17 @@ def picture_facts(given: Namespace, remembered: dict | None = None) -> dict:
     Raises:
         ValueError: model, prompt or seed is in neither, or the guidance scale is no finite number.
     """
-    facts = (remembered or {}) | {key: getattr(given, key) for key in KEPT if getattr(given, key) is not None}
+    here = {key: getattr(given, key, None) for key in KEPT}
+    facts = (remembered or {}) | {key: value for key, value in here.items() if value is not None}
     check_guidance("--guidance_scale", facts.setdefault("guidance_scale", 3.0))
     if missing := [f"--{key}" for key in ("model", "prompt", "seed") if key not in facts]:
         raise ValueError(f"{', '.join(missing)}: needed to know which picture is meant.")
     return facts
+
+
+def pipeline_class(facts: Mapping[str, object]) -> str | None:
+    """Of diffusers, for a picture: the one that edits, or None for the model's own."""
+    return "FluxKontextPipeline" if "image" in facts else None
 
 
 def check_steps(*counts: int | None, option: str = "--steps") -> None:

@@ -12,7 +12,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from evaluation.commands import KEPT, add_picture_arguments, check_steps, picture_facts
+from evaluation.commands import KEPT, add_picture_arguments, check_steps, picture_facts, pipeline_class
 from evaluation.commands.preview import save_picture
 
 
@@ -38,7 +38,7 @@ def run(given: Namespace) -> Path:
     from evaluation.single import full_scheduler, read_facts, render_png
 
     facts = picture_facts(given, read_facts(given.preview, KEPT) if given.preview else None)
-    pipe = load_pipeline(facts["model"], given.dtype, given.device)
+    pipe = load_pipeline(facts["model"], given.dtype, given.device, pipeline_class(facts))
     pipe.scheduler = full_scheduler(given.scheduler, pipe.scheduler)
     return render_png(pipe, facts, steps, given.output, solver=type(pipe.scheduler).__name__)
 

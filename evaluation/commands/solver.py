@@ -3,13 +3,14 @@
     python sample.py solver --model zoo/mini-sd --solver runs/mini_sd/best --steps 5 \\
         --prompt "a small red ring above a blue cube" --seed 7 --output preview.png
 
-The PNG remembers in its text chunks how it was made; `refine --preview` reads them back.
+With `--image` it is an edit: that picture, changed as the prompt says. The PNG remembers in its text chunks how it was
+made; `refine --preview` reads them back.
 """
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from evaluation.commands import add_picture_arguments, check_steps, picture_facts
+from evaluation.commands import add_picture_arguments, check_steps, picture_facts, pipeline_class
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def run(given: Namespace) -> Path:
     from evaluation.single import render_png, solver_scheduler
 
     facts = picture_facts(given)
-    pipe = load_pipeline(facts["model"], given.dtype, given.device)
+    pipe = load_pipeline(facts["model"], given.dtype, given.device, pipeline_class(facts))
     pipe.scheduler = solver_scheduler(given.solver, pipe.scheduler, given.guidance_scale)
     facts["guidance_scale"] = pipe.scheduler.guidance_scale
     return render_png(pipe, facts, given.steps, given.output, solver=given.solver)

@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from tiny_flux import save_tiny_flux
 from torchvision.io import decode_png
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from data.prompts import read_prompts, source_picture
 from data.scenes import numbered_edit, render
@@ -18,6 +19,7 @@ from evaluation.metrics import edit_check
 from evaluation.rendering import Cost, Sampler, Samples
 from evaluation.single import sample
 from evaluation.solvers import classical
+from sample import main as sample_main
 from solver import ConsistencySolverScheduler
 from solver.rollout import Renderer
 
@@ -78,6 +80,27 @@ def test_one_picture_is_that_of_the_sampler(flux):
     picture = sample(pipe, samples.prompts[1], samples.seeds[1], STEPS, GUIDANCE, SIZE, SIZE)
     picture_CHW = torch.tensor(list(picture.getdata())).view(SIZE, SIZE, 3).permute(2, 0, 1) / 255
     assert (mine - picture_CHW).abs().max() < 1.5 / 255
+
+
+def test_an_edit_on_the_command_line_is_that_of_the_sampler(flux, tmp_path):
+    """A few steps and in full; the PNG remembers what it edits, so that the second needs the first only."""
+    samples = samples_of("edits:test", 1)
+    source, few, full = (str(tmp_path / f"{name}.png") for name in ("source", "few", "full"))
+    to_pil_image(source_picture(samples.sources[0], SIZE, SIZE)).save(source)
+    pipe = open_pipeline(str(flux), pipeline="FluxKontextPipeline")
+    solver = ConsistencySolverScheduler.from_scheduler(pipe.scheduler, order=2)
+    solver.save_pretrained(tmp_path / "solver")
+    picture = {"model": flux, "prompt": samples.prompts[0], "seed": 7, "guidance_scale": GUIDANCE, "image": source}
+    command = [part for name, value in picture.items() for part in (f"--{name}", str(value))]
+    sizes = ["--height", str(SIZE), "--width", str(SIZE), "--steps", str(STEPS)]
+    sample_main(["solver", *command, *sizes, "--solver", str(tmp_path / "solver"), "--output", few])
+    sample_main(["refine", "--preview", few, "--steps", str(STEPS), "--output", full])
+    for path, scheduler in ((few, solver), (full, pipe.scheduler)):
+        mine = pictures(Sampler(pipe, SIZE, SIZE), scheduler, samples)[0]
+        with Image.open(path) as image:
+            assert (mine - pil_to_tensor(image) / 255).abs().max() < 1.5 / 255
+    with pytest.raises(ValueError, match=r"an edit of .*source\.png"):
+        sample_main(["remake", few])
 
 
 # -- counting ---------------------------------------------------------------------------------------------------------
@@ -142,7 +165,8 @@ def arguments(models, flux, output_dir, **changes):
     columns = {"guidance_scale": GUIDANCE, "steps": [2, STEPS], "num_prompts": 4, "ranked": 2}
     knobs = {
         "model": flux, "pipeline": "FluxKontextPipeline", "output_dir": output_dir, "prompts": "edits:test",
-        "learned": models / "flow_solver", "solvers": ["ddim", "dpm2m", "heun"], "columns": json.dumps(columns),
+        "learned": models / "flow_solver", "solvers": ["base", "euler", "dpm2m", "heun"], "grid_prompts": 2,
+        "columns": json.dumps(columns),
         "scheduler": "FlowMatchEulerDiscreteScheduler", "num_inference_steps": 4, "height": SIZE, "width": SIZE,
         "rewards": ["pixels", "segmentation"], "reward_models": ["null", models / "segmentation"],
         "edit_check": models / "segmentation", "scorer": models / "clip", "rank_candidates": 2, "batch_size": 4,
@@ -165,7 +189,12 @@ def test_edits_are_evaluated(models, flux, tmp_path, caplog):
     for (solver, steps), row in rows.items():
         assert row["nfe"] == (1 if (solver, steps) == ("heun", 2) else steps)
         assert 0 <= row["metrics"]["edit_check"]["mean"] <= 1
-    assert rows["same", STEPS]["metrics"]["pixels"] == rows["ddim", STEPS]["metrics"]["pixels"]
+    # Its own scheduler is Euler's method, and so is the base rule in 3 steps.
+    assert rows["same", STEPS]["metrics"]["pixels"] == rows["base", STEPS]["metrics"]["pixels"]
+    assert rows["euler", STEPS]["grids"].keys() == {"own", "flow_mode"}
+    first = metrics["coefficients"][0]["learned"]  # on the pipeline's grid, shifted for 16 tokens
+    assert [entry["steps"] for entry in metrics["coefficients"]] == [2, STEPS] and first["sigmas"][0] == 1
+    assert (tmp_path / f"coefficients_cfg_{GUIDANCE:g}.png").is_file()
     assert metrics["metrics"]["edit_check"]["unit"] == "share of pictures"
     assert {entry["seeds"] for entry in metrics["workflow"]} == {2}
     assert "edit_check" in (tmp_path / "table.md").read_text()
