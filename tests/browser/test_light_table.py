@@ -84,7 +84,8 @@ def ask(page, prompt=PROMPT, candidates=3):
 def make_sheet(page, prompt=PROMPT, candidates=3):
     ask(page, prompt, candidates)
     page.get_by_role("button", name="Make the proof sheet").click()
-    says(page, f"{candidates} of {candidates} pictures.")
+    pictures = candidates * len(prompt.splitlines())
+    says(page, f"{pictures} of {pictures} pictures.")
 
 
 def shoot(page, name):
