@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from data.scenes import NUM_CLASSES, edit_vocabulary, vocabulary
-from zoo.training import FUSED_ATTENTION
+from zoo.training import FUSED_ATTENTION, save_pipeline
 
 WORDS = 32  # tokens of a prompt, for both text encoders
 SMALL, LARGE = 64, 128  # the two native sizes in pixels
@@ -252,4 +252,4 @@ def assemble(denoiser: Denoiser, vae: AutoencoderKL, tokenizers: Tokenizers, fol
         tokenizer_2=tokenizers.t5,
         transformer=denoiser.transformer,
     )
-    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    save_pipeline(pipeline, folder)

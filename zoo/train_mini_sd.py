@@ -28,7 +28,19 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from trl import TrlParser
 
 from data.scenes import Scene
-from zoo.training import BF16, FUSED_ATTENTION, RUNS, ZOO, Run, captions, fit, parameter_count, pictures, write_log
+from zoo.training import (
+    BF16,
+    FUSED_ATTENTION,
+    RUNS,
+    ZOO,
+    Run,
+    captions,
+    fit,
+    parameter_count,
+    pictures,
+    save_pipeline,
+    write_log,
+)
 
 NOISE_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -149,7 +161,7 @@ def assemble(unet, vae, text_encoder, tokenizer) -> None:
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
-    pipeline.to(torch.bfloat16).save_pretrained(ZOO / "mini-sd")
+    save_pipeline(pipeline, ZOO / "mini-sd")
 
 
 if __name__ == "__main__":

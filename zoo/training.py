@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -220,6 +221,18 @@ def write_log(folder: Path, run: Run, log: list[dict], **facts) -> None:
         "log": [row for row in earlier["log"] if row["step"]] + later,
     }
     (folder / "training.json").write_text(json.dumps(facts, indent=1))
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Weights in bf16, which load as float32 where nobody names a type.
+
+    That is what diffusers does; transformers would leave the text encoders in the type that they are stored in, and
+    FluxPipeline does not mix the two.
+    """
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    for path in folder.glob("text_encoder*/config.json"):
+        config = json.loads(path.read_text()) | {"dtype": "float32"}
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def hardware() -> str:

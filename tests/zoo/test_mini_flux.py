@@ -52,7 +52,7 @@ def pool(tmp_path, monkeypatch, networks):
 
 
 def load(pipeline_class, folder):
-    pipe = pipeline_class.from_pretrained(folder, dtype=torch.float32)
+    pipe = pipeline_class.from_pretrained(folder)  # no dtype: as a newcomer does
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from zoo import measure
 from zoo.measure import ZOO, held_out
@@ -74,6 +74,13 @@ def test_the_pipeline_loads_in_half_precision():
     pipe.set_progress_bar_config(disable=True)
     assert pipe.unet.dtype == torch.bfloat16
     assert picture(pipe, 1, 1.0).size == (64, 64)
+
+
+@pytest.mark.parametrize("name", ["mini-sd", "mini-flux"])
+def test_all_parts_load_in_one_type(name):
+    """Also where nobody names it, though diffusers and transformers have other defaults."""
+    pipe = DiffusionPipeline.from_pretrained(ZOO / name)
+    assert {part.dtype for part in pipe.components.values() if hasattr(part, "parameters")} == {torch.float32}
 
 
 def card(name):
