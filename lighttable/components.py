@@ -24,7 +24,7 @@ CSS = """
 .shelf .grid-container {padding-top: 1.75rem}
 .shelf .grid-wrap {min-height: 0; max-height: none}
 .shelf:has(.preview) .grid-wrap {min-height: 24rem}
-.shelf .caption-label {white-space: normal; text-align: left}
+.shelf .caption-label {white-space: normal; text-align: left; max-height: 50%; overflow: hidden}
 #sheet .thumbnail-item {border: 0; box-shadow: none}
 footer .divider, .label-clear-button {display: none}
 button:focus-visible, input:focus-visible, textarea:focus-visible {outline: 3px solid var(--primary-500)}
