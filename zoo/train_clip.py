@@ -52,7 +52,10 @@ class ClipRun(Run):
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte pairs merge to just the words of the miniature world; bytes spell all others."""
+    """A CLIP tokenizer whose byte pairs merge to just the words of the miniature world; bytes spell all others.
+
+    The numbers of single bytes differ between calls, so weights keep the tokenizer that they were trained with.
+    """
     trainer = BpeTrainer(
         vocab_size=1000,
         min_frequency=1,
@@ -89,7 +92,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 def main() -> None:
     (run,) = TrlParser((ClipRun,)).parse_args_and_config()
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
+    tokenizer = CLIPTokenizer.from_pretrained(run.start) if run.start else build_tokenizer()
 
     def loss(clip: nn.Module, step: int, scenes: list[Scene]) -> dict[str, torch.Tensor]:
         device = next(clip.parameters()).device
