@@ -168,7 +168,7 @@ def open_pipeline(model: str, dtype: torch.dtype = torch.float32, pipeline: str 
 
     Raises:
         OSError: there is no such model.
-        ValueError: there is no such class.
+        ValueError: there is no such class, or the model lacks parts of it.
     """
     pipeline_class = getattr(diffusers, pipeline or "DiffusionPipeline", None)
     if not (inspect.isclass(pipeline_class) and issubclass(pipeline_class, DiffusionPipeline)):
@@ -179,6 +179,10 @@ def open_pipeline(model: str, dtype: torch.dtype = torch.float32, pipeline: str 
         if Path(model).is_dir():
             raise OSError(f"model {model!r} is incomplete: {error}") from error
         raise OSError(f"model {model!r} is no pipeline folder here, and none on the hub or in its cache.") from error
+    except ValueError as error:
+        if pipeline is None:
+            raise
+        raise ValueError(f"model {model!r} does not open as {pipeline}; it is made for another pipeline.") from error
     for part in map(pipe.components.get, ("unet", "vae")):
         if part is not None:
             part.to(memory_format=torch.channels_last)  # what convolutions are fastest in

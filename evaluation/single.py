@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from data.build_config import PUBLISHED_SCHEDULER, PUBLISHED_SCHEDULER_KWARGS
@@ -72,7 +72,7 @@ def sample(
         image: file of a picture to edit; it is cut to the shape of the new one, and scaled.
 
     Raises:
-        OSError: there is no such file.
+        OSError: there is no such file, or it is no picture.
         NotFiniteError: as `to_picture` says.
         ValueError: the pipeline has no such size or edits no pictures, or its scheduler has not so many steps.
     """
@@ -86,7 +86,11 @@ def sample(
         **text_length(pipe),
     }
     if image is not None:
-        call["image"] = encode_sources(pipe, source_picture(Path(image).read_bytes(), *size)[None])
+        try:
+            source = source_picture(Path(image).read_bytes(), *size)
+        except UnidentifiedImageError as error:
+            raise OSError(f"{image} is no picture that PIL can read.") from error
+        call["image"] = encode_sources(pipe, source[None])
     latents = pipe(**call_at_size(pipe, call, *size))[0]
     return to_picture(pipe, decode(pipe, unpack(pipe, latents, shape)))
 

@@ -39,13 +39,16 @@ def picture_facts(given: Namespace, remembered: dict | None = None) -> dict:
     """Which picture is meant: what was given, over what a file remembers.
 
     Raises:
-        ValueError: model, prompt or seed is in neither, or the guidance scale is no finite number.
+        ValueError: model, prompt or seed is in neither, the guidance scale is no finite number, or the picture to edit
+            is not there.
     """
     here = {key: getattr(given, key, None) for key in KEPT}
     facts = (remembered or {}) | {key: value for key, value in here.items() if value is not None}
     check_guidance("--guidance_scale", facts.setdefault("guidance_scale", 3.0))
     if missing := [f"--{key}" for key in ("model", "prompt", "seed") if key not in facts]:
         raise ValueError(f"{', '.join(missing)}: needed to know which picture is meant.")
+    if "image" in facts and not Path(facts["image"]).is_file():
+        raise ValueError(f"--image {facts['image']}: there is no such file; name the picture to edit.")
     return facts
 
 

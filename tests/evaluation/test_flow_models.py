@@ -2,6 +2,7 @@
 
 import json
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +102,17 @@ def test_an_edit_on_the_command_line_is_that_of_the_sampler(flux, tmp_path):
             assert (mine - pil_to_tensor(image) / 255).abs().max() < 1.5 / 255
     with pytest.raises(ValueError, match=r"an edit of .*source\.png"):
         sample_main(["remake", few])
+    Path(source).write_text("no picture")
+    with pytest.raises(OSError, match=r"source\.png is no picture"):
+        sample_main(["refine", "--preview", few, "--steps", str(STEPS), "--output", full])
+    Path(source).unlink()
+    with pytest.raises(ValueError, match=r"--image .*source\.png: there is no such file"):
+        sample_main(["refine", "--preview", few, "--steps", str(STEPS), "--output", full])
+
+
+def test_a_model_of_another_pipeline_is_one_sentence(flux):
+    with pytest.raises(ValueError, match="does not open as StableDiffusionPipeline; it is made for another pipeline"):
+        open_pipeline(str(flux), pipeline="StableDiffusionPipeline")
 
 
 # -- counting ---------------------------------------------------------------------------------------------------------
