@@ -208,8 +208,8 @@ def model_card(
 
 def _told(model: str | None, guidance: float) -> str:
     """How a pipeline is told the guidance scale: some transformers know none, and are guided by an empty prompt."""
-    config = Path(model or "", "transformer", "config.json")
-    if config.is_file() and json.loads(config.read_text()).get("guidance_embeds") is False:
+    config = Path(model, "transformer", "config.json") if model else None
+    if config and config.is_file() and json.loads(config.read_text()).get("guidance_embeds") is False:
         return f'negative_prompt="", true_cfg_scale={guidance:g}'
     return f"guidance_scale={guidance:g}"
 
@@ -228,6 +228,8 @@ def _trained(solver) -> str:
     outside = "; in any other number of steps it is that rule, on its own grid" if others else ""
     scales = solver.config.trained_guidance_scales
     guidance = f" and at guidance scales of {scales[0]:g} to {scales[1]:g}" if scales else ""
+    if scales and scales[0] == scales[1]:
+        guidance = f" and at a guidance scale of {scales[0]:g}"
     return f"It was trained on {_span(trained)} steps{guidance}{outside}."
 
 

@@ -331,10 +331,15 @@ def _check_guidance(guidance_scale: float) -> None:
         raise ValueError(f"guidance_scale={guidance_scale} is not a finite number.")
 
 
-def _check_span(name: str, span) -> None:
-    numbers = isinstance(span, (list, tuple)) and len(span) == 2 and all(isinstance(x, (int, float)) for x in span)
-    if not numbers or not span[0] <= span[1]:
-        raise ValueError(f"{name}={span!r}: expected two numbers, the lowest and the highest.")
+def _check_span(name: str, span, kind: type | tuple[type, ...]) -> None:
+    numbers = isinstance(span, (list, tuple)) and len(span) == 2 and all(isinstance(x, kind) for x in span)
+    if not numbers or not -math.inf < span[0] <= span[1] < math.inf:
+        called = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{name}={span!r}: expected two {called}, the lowest and the highest.")
+
+
+def _span(lowest: float, highest: float) -> str:
+    return f"{lowest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"
 
 
 def _check_table(table: SolverTable, order: int) -> None:
@@ -468,9 +473,9 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
             )
         if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
             raise ValueError("rescale_betas_zero_snr needs v-prediction: at zero SNR ε says nothing of the image.")
-        for name in ("trained_steps", "trained_guidance_scales"):
+        for name, kind in (("trained_steps", int), ("trained_guidance_scales", (int, float))):
             if config[name] is not None:
-                _check_span(name, config[name])
+                _check_span(name, config[name], kind)
         for count in config.coefficients or ():
             table, expected = self._baked_table(count), (int(count), config.solver_order)
             _check_table(table, config.solver_order)
@@ -800,7 +805,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         fewest, most = self.config.trained_steps or (1, math.inf)
         if not fewest <= len(inputs) <= most:
             self._warn_once(
-                f"This solver was trained on {fewest} to {most} steps; at {len(inputs)} it is its base rule "
+                f"This solver was trained on {_span(fewest, most)} steps; at {len(inputs)} it is its base rule "
                 f"{self.config.base_rule}."
             )
             return torch.zeros(len(inputs), self.num_actions)
@@ -817,8 +822,8 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         told = min(max(given, lowest), highest)
         if told != given:
             self._warn_once(
-                f"This solver was trained at guidance scales of {lowest:g} to {highest:g}; {given:g} is told to it "
-                f"as {told:g}."
+                f"This solver was trained at guidance scales of {_span(lowest, highest)}; {given:g} is told to it as "
+                f"{told:g}."
             )
         return told
 

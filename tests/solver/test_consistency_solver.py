@@ -466,6 +466,19 @@ def test_a_span_that_is_none(name, span):
         solver(**{name: span})
 
 
+def test_steps_are_whole_and_scales_finite():
+    with pytest.raises(ValueError, match="whole numbers"):
+        solver(trained_steps=[3.0, 8.0])
+    with pytest.raises(ValueError, match="trained_guidance_scales"):
+        solver(trained_guidance_scales=[3.0, math.inf])
+    assert solver(trained_guidance_scales=[3, 7.5]).config.trained_guidance_scales == [3, 7.5]
+
+
+def test_a_span_of_one_number_is_said_as_one(warned):
+    trained(solver(trained_guidance_scales=[3.0, 3.0])).coefficients(5, 7.5)
+    assert "guidance scales of 3; 7.5 is told to it as 3." in warned()[0]
+
+
 @pytest.mark.parametrize("trained_steps", [None, [3, 8]])
 def test_a_fresh_policy_is_said_once(trained_steps, warned):
     """Also that of `from_config`, which keeps the number of steps that another policy was trained on."""

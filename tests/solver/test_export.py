@@ -150,6 +150,8 @@ def test_card_says_what_it_was_trained_on(folder, tmp_path):
     grid_only = trained(DDIMScheduler(clip_sample=False), learn_weights=False, **spans)
     card = said_by_card(export(grid_only, "solver", tmp_path / "grid"))
     assert "3 to 8 steps and at guidance scales of 1.5 to 7.5" in card and "time grid was learned" in card
+    one = trained(DDIMScheduler(clip_sample=False), trained_steps=[3, 8], trained_guidance_scales=[3.0, 3.0])
+    assert "and at a guidance scale of 3;" in said_by_card(export(one, "solver", tmp_path / "one"))
     published = trained(DDIMScheduler(clip_sample=False), inputs="published", learn_grid=False)
     assert "does not look at the guidance" in said_by_card(export(published, "solver", tmp_path / "published"))
 
