@@ -85,7 +85,7 @@ def crop(x_BCHW: torch.Tensor, share: tuple[float, float] = (0.4, 1.0)) -> torch
 
 
 def recolour(x_BCHW: torch.Tensor) -> torch.Tensor:
-    """Every other image with its channels in another order, some of them grey; all a little lighter or darker."""
+    """Every other image with its channels in another order, some of them grey; the contrast of all varies a little."""
     count, device = len(x_BCHW), x_BCHW.device
     order_BC = torch.rand(count, 3, device=device).argsort(1)
     swapped = x_BCHW.gather(1, order_BC[:, :, None, None].expand_as(x_BCHW))

@@ -45,7 +45,7 @@ class Run:
     batch_size: int = field(default=64, metadata={"help": "samples a step and process"})
     learning_rate: float = field(default=6e-4, metadata={"help": "peak of the schedule"})
     warmup_steps: int = field(default=100, metadata={"help": "linear warm-up, then cosine decay to a fiftieth"})
-    weight_decay: float = field(default=0.01, metadata={"help": "of AdamW"})
+    weight_decay: float = field(default=0.01, metadata={"help": "of AdamW, and of Muon"})
     ema_decay: float = field(default=0.999, metadata={"help": "of the moving average that is saved"})
     minutes: float = field(default=math.inf, metadata={"help": "stop after so many minutes, schedule included"})
     save_minutes: float = field(default=3.0, metadata={"help": "between checkpoints"})
@@ -213,8 +213,11 @@ def write_log(folder: Path, run: Run, log: list[dict], **facts) -> None:
     earlier = json.loads(before.read_text()) if run.start and before.exists() else {"log": [{"step": 0, "seconds": 0}]}
     done = earlier["log"][-1]
     later = [{**row, "step": done["step"] + row["step"], "seconds": done["seconds"] + row["seconds"]} for row in log]
+    machines = earlier["hardware"].split(", then ") if "hardware" in earlier else []
+    if (machine := hardware()) not in machines[-1:]:
+        machines.append(machine)
     facts |= {
-        "hardware": hardware(),
+        "hardware": ", then ".join(machines),
         "runs": earlier.get("runs", 1) + 1 if done["step"] else 1,
         "minutes": round(later[-1]["seconds"] / 60, 1),
         "steps": later[-1]["step"],
