@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/transfer"))
     args = parser.parse_args()
     there = {name: place for name, place in PLACES.items() if Path(place.solver).is_dir()}
-    for name in PLACES.keys() - there.keys():
+    for name in (name for name in PLACES if name not in there):
         print(f"{name}: left out, there is no {PLACES[name].solver}.")
     if len(there) < 2:
         raise SystemExit("A transfer needs solvers of two places. Train them: configs/mini_flux.yaml and its like.")

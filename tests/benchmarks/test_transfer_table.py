@@ -61,7 +61,6 @@ def test_gains_say_who_is_ahead_of_all():
 @pytest.mark.parametrize("name", PLACES)
 def test_places_are_evaluations_of_the_repository(name):
     place = PLACES[name]
-    place = PLACES[name]
     with open(place.config) as file:
         config = EvaluationConfig(**(yaml.safe_load(file) | place.changes))
     assert config.learned == place.solver or name.endswith("128 px")
