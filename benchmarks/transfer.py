@@ -6,7 +6,8 @@
 A place is an evaluation: a model, a size, pictures or edits. In each, every solver is compared with its base rule and
 the classical solvers on the same held-out prompts and noise. Where the noise schedules differ, its policy is asked on
 the other model's grid (`solver/transfer.py`). Writes transfer.json and transfer.md; what is measured stays in the
-cache. A place takes 200 x (30 + 9 x 16) network evaluations: on 2 CPU cores about 10 minutes, at 128 px 45.
+cache. With every solver there is, a place takes 200 x (30 + 9 x 16) network evaluations and the choice of grids: about
+10 minutes on 2 CPU cores, 45 at 128 px, estimated from single runs.
 """
 
 import argparse
@@ -149,6 +150,8 @@ def main() -> None:
             metrics = measure(trained, used, there, args.output, args.steps, args.num_prompts)
             rows += [{"trained": trained, "used": used, **gain} for gain in gains(metrics)]
     head = HEAD.format(prompts=args.num_prompts, guidance=GUIDANCE, classical=", ".join(CLASSICAL))
+    if unknown := set(args.metrics) - {row["metric"] for row in rows}:
+        raise SystemExit(f"--metrics {' '.join(sorted(unknown))}: not measured in these places.")
     text = head + "\n".join(table(rows, metric) for metric in args.metrics)
     (args.output / "transfer.json").write_text(json.dumps(rows, indent=1))
     (args.output / "transfer.md").write_text(text)

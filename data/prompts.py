@@ -98,7 +98,7 @@ def source_picture(source: "Source", height: int, width: int) -> "torch.Tensor":
     from torchvision.transforms.functional import pil_to_tensor
 
     if isinstance(source, bytes):
-        image = Image.open(BytesIO(source)).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(BytesIO(source))).convert("RGB")
         return pil_to_tensor(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
     from data.scenes import render_batch
 

@@ -159,7 +159,7 @@ def learned(path: str, own: SchedulerMixin, untrained: bool = False) -> dict[str
     """
     solver = load_solver(path, own)
     if untrained:
-        solver = ConsistencySolverScheduler.from_config(solver.config, coefficients=None)
+        solver = ConsistencySolverScheduler.from_config(solver.config, coefficients=None, trained_guidance_scales=None)
 
     def make(own: SchedulerMixin, steps: int, guidance_scale: float) -> SchedulerMixin:
         solver.guidance_scale = guidance_scale

@@ -114,18 +114,24 @@ def export(
         model: hub id or local folder of the pipeline; needed for a pipeline, named on the card of the others.
         guidance_scale: to bake for, or that the exported solver begins with; the solver's own by default.
         steps: to bake for; by default the `known_steps` of the solver, so those it was trained on.
-        mu: to bake a flow model with dynamic shifting for; by default that of its largest image.
+        mu: to bake a flow model with dynamic shifting for; by default that of its largest image. A baked table does
+            not say what it was baked for, so there it must be given.
         metrics: content of metrics.json, for the card.
 
     Raises:
-        ValueError: the folder is not empty, a pipeline without a model or of another noise schedule, a guidance scale
-            that is not finite, or a baked solver that is to get back its weights or another guidance scale.
+        ValueError: the folder is not empty, `mu` is needed or means nothing, a pipeline without a model or of another
+            noise schedule, a guidance scale that is not finite, or a baked solver that is to get back its weights or
+            another guidance scale.
         OSError: there is no such model, or the folder cannot be written.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not empty; choose a new folder.")
     guidance = solver.guidance_scale if guidance_scale is None else guidance_scale
+    if mu is not None and not solver.config.use_dynamic_shifting:
+        raise ValueError(f"--mu {mu:g}: this solver's grid is not shifted by the size of the image; leave it out.")
+    if mu is None and solver.config.use_dynamic_shifting and solver.policy is None:
+        raise ValueError("This table does not record the shift that it was baked for; say it with --mu.")
     if solver.config.use_dynamic_shifting and mu is None:
         mu = solver.config.max_shift
     if kind == "solver":

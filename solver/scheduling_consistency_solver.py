@@ -846,8 +846,13 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         return list(range(fewest, most + 1))
 
     def extend_training(self, steps: Iterable[int], guidance_scales: Iterable[float]) -> None:
-        """Notes in the configuration that the policy is being trained on these, beside what it was trained on."""
+        """Notes in the configuration that the policy is being trained on these, beside what it was trained on.
+
+        Where an earlier training noted its steps but not its guidance scales, these stay unknown.
+        """
         spans = {"trained_steps": steps, "trained_guidance_scales": guidance_scales}
+        if self.config.trained_steps and not self.config.trained_guidance_scales:
+            del spans["trained_guidance_scales"]
         for name, values in spans.items():
             known = [*(self.config[name] or []), *values]
             self.register_to_config(**{name: [min(known), max(known)]})

@@ -25,17 +25,19 @@ def transfer(solver: ConsistencySolverScheduler, scheduler: SchedulerMixin, **ov
     Args:
         solver: a trained one.
         scheduler: of a pipeline, or a solver that was learned there; as `ConsistencySolverScheduler.from_scheduler`.
-        overrides: as of `from_scheduler`, e.g. `timestep_spacing="trailing"`.
+        overrides: of the base grid, as of `from_scheduler`, e.g. `timestep_spacing="trailing"`.
 
     Raises:
-        ValueError: the solver is baked, or its policy sees timesteps as published, which other families number
-            otherwise; or as in `from_scheduler`.
+        ValueError: an override would change the policy, the solver is baked, or its policy sees timesteps as
+            published, which other families number otherwise; or as in `from_scheduler`.
     """
     if solver.policy is None:
         raise ValueError("A baked solver has no policy to ask on another grid; take the one that it was baked from.")
+    if fixed := overrides.keys() & {*POLICY_SETTINGS, "order"}:
+        raise ValueError(f"{', '.join(sorted(fixed))}: part of the policy, which stays what it is.")
     settings = {name: solver.config[name] for name in POLICY_SETTINGS}
     moved = ConsistencySolverScheduler.from_scheduler(
-        scheduler, order=solver.config.solver_order, **(settings | overrides)
+        scheduler, order=solver.config.solver_order, **settings, **overrides
     )
     if solver.config.inputs == "published" and moved.is_flow != solver.is_flow:
         raise ValueError(

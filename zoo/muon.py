@@ -19,7 +19,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
-                average = state["average"] = state.get("average", p.grad * 0).lerp(p.grad, 1 - group["momentum"])
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(p)
+                average = state["average"].lerp_(p.grad, 1 - group["momentum"])
                 ahead = p.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov's
                 size = 0.2 * max(ahead.shape) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -27,7 +29,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix_MN: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """About U V^T of the matrix U S V^T: a quintic Newton-Schulz iteration takes singular values into [0.7, 1.2]."""
+    """About U V^T of the matrix U S V^T.
+
+    A quintic Newton-Schulz iteration takes all but the smallest singular values into about [0.7, 1.2].
+    """
     x = matrix_MN / (matrix_MN.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x

@@ -1,12 +1,12 @@
 """Trains zoo/dino: a vision transformer of timm, without any label, by contrast of views (arXiv 2002.05709).
 
-    accelerate launch zoo/train_dino.py                                        # 2 CPU cores: 20 minutes
+    accelerate launch zoo/train_dino.py --minutes 24                           # 1 CPU core: 320 steps
     accelerate launch zoo/train_dino.py --steps 30000 --batch_size 512               # GPU
 
 Two crops of every scene are to find each other among those of all others. The second shows it with another texture of
 the background, for every other scene on another background, so that a match must come from what is in the scene; every
-other crop has its colours changed, so that colours alone are not enough. Self-distillation (arXiv 2104.14294) learns
-the same from such pictures, but not within minutes.
+other crop has its colours changed, so that colours alone are not enough. Self-distillation (arXiv 2104.14294) told no
+shapes apart after 200 steps of 64 scenes, where this begins to.
 """
 
 import sys

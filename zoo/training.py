@@ -159,10 +159,7 @@ def fit(
 
 
 def make_optimizers(network: nn.Module, run: Run) -> list[torch.optim.Optimizer]:
-    """AdamW; with `run.muon`, Muon for the layers of numbered blocks and AdamW for the rest, at one learning rate.
-
-    Embeddings, modulations and what leads into and out of the blocks stay with AdamW.
-    """
+    """AdamW; with `run.muon`, Muon for the layers of numbered blocks and AdamW for the rest, at one learning rate."""
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     layers = [p for name, p in named if run.muon and is_block_layer(name, p)]
     chosen = {id(p) for p in layers}
@@ -172,7 +169,7 @@ def make_optimizers(network: nn.Module, run: Run) -> list[torch.optim.Optimizer]
 
 
 def is_block_layer(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is the weight of a layer within a list of blocks, and neither modulation nor embedding."""
+    """Whether a parameter is the weight of a layer in a numbered list of modules, neither modulation nor embedding."""
     return parameter.ndim >= 2 and bool(re.search(r"\.\d+\.", name)) and not re.search(r"norm|emb|bias", name)
 
 

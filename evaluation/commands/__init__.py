@@ -11,9 +11,11 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
+from data.prompts import source_identity
 from evaluation.config import MOST_STEPS, check_guidance, is_step_count
 
-KEPT = ("model", "prompt", "seed", "guidance_scale", "height", "width", "image")  # what a PNG remembers
+# What a PNG remembers.
+KEPT = ("model", "prompt", "seed", "guidance_scale", "height", "width", "image", "image_sha256")
 
 
 def add_picture_arguments(parser: ArgumentParser) -> None:
@@ -40,7 +42,7 @@ def picture_facts(given: Namespace, remembered: dict | None = None) -> dict:
 
     Raises:
         ValueError: model, prompt or seed is in neither, the guidance scale is no finite number, or the picture to edit
-            is not there.
+            is not there, or not the one that was remembered.
     """
     here = {key: getattr(given, key, None) for key in KEPT}
     facts = (remembered or {}) | {key: value for key, value in here.items() if value is not None}
@@ -49,6 +51,11 @@ def picture_facts(given: Namespace, remembered: dict | None = None) -> dict:
         raise ValueError(f"{', '.join(missing)}: needed to know which picture is meant.")
     if "image" in facts and not Path(facts["image"]).is_file():
         raise ValueError(f"--image {facts['image']}: there is no such file; name the picture to edit.")
+    if "image" in facts:
+        digest = source_identity(Path(facts["image"]).read_bytes()).hex()
+        if here["image"] is None and facts.get("image_sha256", digest) != digest:
+            raise ValueError(f"{facts['image']} has changed since it was edited; say which picture with --image.")
+        facts["image_sha256"] = digest
     return facts
 
 

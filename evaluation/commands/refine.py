@@ -45,7 +45,8 @@ def run(given: Namespace) -> Path:
 
 def _go_on(given: Namespace) -> Path:
     """The picked run of a folder, from where it was left."""
-    fixed = [name for name in (*KEPT, "scheduler", "steps") if name != "model" and getattr(given, name) is not None]
+    names = [name for name in (*KEPT, "scheduler", "steps") if name != "model"]
+    fixed = [name for name in names if getattr(given, name, None) is not None]
     if fixed:
         raise ValueError(f"--{fixed[0]}: the previews of {given.preview} are of a run that has begun; leave it out.")
     facts = _facts(given.preview / "previews.json")

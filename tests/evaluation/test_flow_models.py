@@ -103,8 +103,11 @@ def test_an_edit_on_the_command_line_is_that_of_the_sampler(flux, tmp_path):
     with pytest.raises(ValueError, match=r"an edit of .*source\.png"):
         sample_main(["remake", few])
     Path(source).write_text("no picture")
+    again = ["refine", "--preview", few, "--steps", str(STEPS), "--output", full]
+    with pytest.raises(ValueError, match=r"source\.png has changed since it was edited"):
+        sample_main(again)
     with pytest.raises(OSError, match=r"source\.png is no picture"):
-        sample_main(["refine", "--preview", few, "--steps", str(STEPS), "--output", full])
+        sample_main([*again, "--image", source])
     Path(source).unlink()
     with pytest.raises(ValueError, match=r"--image .*source\.png: there is no such file"):
         sample_main(["refine", "--preview", few, "--steps", str(STEPS), "--output", full])

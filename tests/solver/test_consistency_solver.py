@@ -424,6 +424,9 @@ def test_outside_of_the_trained_steps_it_is_the_base_rule():
         assert not ours.coefficients(steps).weights.equal(solver().coefficients(steps).weights)
     ours.extend_training(iter([10]), iter([7.5]))
     assert ours.config.trained_steps == [4, 10] and ours.config.trained_guidance_scales == [1.0, 7.5]
+    older = solver(trained_steps=[3, 8])  # from before guidance scales were noted
+    older.extend_training([10], [3.0])
+    assert older.config.trained_steps == [3, 10] and older.config.trained_guidance_scales is None
 
 
 @pytest.fixture

@@ -264,3 +264,8 @@ def test_the_card_says_for_which_size_a_table_is(tmp_path):
     for kind, mu, said in (("table", None, "μ = 1.2"), ("table", 0.5, "μ = 0.5"), ("solver", None, None)):
         card = (export(solver, kind, tmp_path / f"{kind}{mu}", mu=mu, steps=[4]) / "README.md").read_text()
         assert said in card if said else "μ" not in card
+    again = ConsistencySolverScheduler.from_pretrained(tmp_path / "table0.5")
+    with pytest.raises(ValueError, match="does not record the shift"):
+        export(again, "table", tmp_path / "again")
+    with pytest.raises(ValueError, match=r"--mu 0\.7: this solver's grid is not shifted"):
+        export(trained(DDIMScheduler(clip_sample=False)), "table", tmp_path / "static", mu=0.7)

@@ -62,6 +62,9 @@ def test_an_untrained_policy_is_the_base_rule_anywhere():
 def test_what_cannot_move_says_why():
     with pytest.raises(ValueError, match="baked"):
         transfer(learned(diffusion()).bake([4]), flow())
+    for name in ("order", "learn_grid"):
+        with pytest.raises(ValueError, match=f"{name}: part of the policy"):
+            transfer(learned(diffusion()), flow(), **{name: 1})
     published = learned(diffusion(), inputs="published")
     with pytest.raises(ValueError, match="noise_levels"):
         transfer(published, flow())
