@@ -205,20 +205,25 @@ def _restore(folder: Path, accelerator: Accelerator, ema: EMAModel) -> tuple[int
 
 
 def write_log(folder: Path, run: Run, log: list[dict], **facts) -> None:
-    """Leaves what a model card says about a training run beside its weights, after what it said of runs before it."""
+    """Leaves what a model card says about a training run beside its weights, after what it said of runs before it.
+
+    A row of the log says of which run it is; a run that was resumed takes the place of what it left before.
+    """
     before = Path(run.start or "", "training.json")
-    earlier = json.loads(before.read_text()) if run.start and before.exists() else {"log": [{"step": 0, "seconds": 0}]}
-    done = earlier["log"][-1]
-    later = [{**row, "step": done["step"] + row["step"], "seconds": done["seconds"] + row["seconds"]} for row in log]
+    earlier = json.loads(before.read_text()) if run.start and before.exists() else {"log": []}
+    rows = [{"run": folder.name, **row} for row in earlier["log"]]
+    rows = [row for row in rows if row["run"] != run.name]
+    step, seconds = (rows[-1]["step"], rows[-1]["seconds"]) if rows else (0, 0)
+    rows += [{**row, "run": run.name, "step": step + row["step"], "seconds": seconds + row["seconds"]} for row in log]
     machines = earlier["hardware"].split(", then ") if "hardware" in earlier else []
     if (machine := hardware()) not in machines[-1:]:
         machines.append(machine)
     facts |= {
         "hardware": ", then ".join(machines),
-        "runs": earlier.get("runs", 1) + 1 if done["step"] else 1,
-        "minutes": round(later[-1]["seconds"] / 60, 1),
-        "steps": later[-1]["step"],
-        "log": [row for row in earlier["log"] if row["step"]] + later,
+        "runs": len({row["run"] for row in rows}),
+        "minutes": round(rows[-1]["seconds"] / 60, 1),
+        "steps": rows[-1]["step"],
+        "log": rows,
     }
     (folder / "training.json").write_text(json.dumps(facts, indent=1))
 

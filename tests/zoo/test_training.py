@@ -125,11 +125,13 @@ def test_the_tokenizer_knows_the_words_of_the_world_and_spells_the_rest():
 
 
 def test_a_later_run_adds_to_what_the_card_says(tmp_path, monkeypatch):
-    machines = iter(["2 CPU cores", "1 CPU core"])
+    machines = iter(["2 CPU cores", "1 CPU core", "1 CPU core"])
     monkeypatch.setattr(training, "hardware", lambda: next(machines))
     first = [{"step": 100, "seconds": 60, "loss": 2.0}, {"step": 150, "seconds": 90, "loss": 1.0}]
     training.write_log(tmp_path, Run("x"), first, parameters="1 M")
-    training.write_log(tmp_path, Run("x-2", start=str(tmp_path)), [{"step": 100, "seconds": 60, "loss": 0.5}])
+    again = Run("x-2", start=str(tmp_path))
+    training.write_log(tmp_path, again, [{"step": 40, "seconds": 30, "loss": 0.7}])
+    training.write_log(tmp_path, again, [{"step": 100, "seconds": 60, "loss": 0.5}])  # the same run, gone on with
     card = json.loads((tmp_path / "training.json").read_text())
     assert card["runs"] == 2 and card["steps"] == 250 and card["minutes"] == 2.5
     assert [row["step"] for row in card["log"]] == [100, 150, 250]
