@@ -45,7 +45,8 @@ ABOUT = {
         "depth-estimation",
         "A U-Net of segmentation_models_pytorch, 64 × 64 px to relative inverse depth in (0, 1], nearer is larger. "
         "A measuring instrument: it has seen all pairs of shape and colour. The later runs had `--muon true` and "
-        "learning rates of 1e-3 and 6e-4; the first weighed the logarithm of depth a fifth as much as the script does now.",
+        "learning rates of 1e-3 and 6e-4; the first weighed the logarithm of depth a fifth as much as the script does "
+        "now.",
         "load_reward('depth', model='zoo/depth')",
         "zoo/train_depth.py",
     ),
