@@ -86,7 +86,7 @@ class Teacher:
             "prompt": [row.prompt for row in rows],
             "latents": pack(self.pipe, noise_BCHW),
             "num_inference_steps": self.num_inference_steps,
-            **guidance(self.pipe, guidance_scale, len(rows)),
+            **guidance(self.pipe, guidance_scale, [""] * len(rows)),
             **text_length(self.pipe),
         }
         sources_BCHW = self._sources(rows)

@@ -15,7 +15,6 @@
 The same recipe is the same picture as that of the command, bit for bit on one device.
 """
 
-import inspect
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -23,13 +22,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from data.noise import initial_noise
-from evaluation.single import full_scheduler
+from evaluation.single import full_scheduler, sample
 from solver import ConsistencySolverScheduler
-from solver.samplers.calls import guidance, guides_by_true_cfg, text_length
-from solver.samplers.cascade import call_at_size, replaced, require_flow
+from solver.samplers.calls import guidance, text_length
+from solver.samplers.cascade import replaced, require_flow
 from solver.samplers.cost import evaluation_flops, image_tokens, network_of
-from solver.samplers.latents import decode, default_size, denoiser, latent_shape, pack, patch_size, unpack, vae_factor
+from solver.samplers.latents import default_size, denoiser, latent_shape, patch_size, vae_factor
 from solver.samplers.preview import Checkpoint, PreviewOptions, preview, refine
 
 METHODS = {
@@ -43,6 +41,7 @@ SMALL = ("half", "both")  # methods whose pictures are half as wide and high
 LEARNED = ("solver", "both")
 SWITCH, GUIDED = 1 / 3, 1 / 6  # shares of the full run: the paper's 10 and 5 of 30 steps
 MOST_STEPS = 1000
+OF_SAMPLE = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "height", "width")
 
 
 @dataclass(frozen=True)
@@ -125,19 +124,19 @@ def make(pipe: DiffusionPipeline, recipe: Recipe, learned: ConsistencySolverSche
 
     Raises:
         ValueError: the pipeline cannot make it, as `check` says.
+        NotFiniteError: as `evaluation.single.to_picture` says.
     """
     check(pipe, recipe)
     if learned is not None:
         learned.guidance_scale = recipe.guidance_scale
     if recipe.method in SMALL:
         size = {"height": recipe.height, "width": recipe.width}
-        (made,) = preview(
-            pipe, [recipe.prompt], [recipe.seed], options(recipe), stepper=learned, **size, **_call(pipe, recipe)
-        )
+        call = {**_guidance(pipe, recipe), **text_length(pipe)}
+        (made,) = preview(pipe, [recipe.prompt], [recipe.seed], options(recipe), stepper=learned, **size, **call)
         return Made(made.image, made.checkpoint)
     scheduler = full_scheduler(recipe.solver, pipe.scheduler) if learned is None else learned
     with replaced(pipe, "scheduler", scheduler):
-        return Made(_sample(pipe, recipe))
+        return Made(sample(pipe, **{name: getattr(recipe, name) for name in OF_SAMPLE}))
 
 
 def go_on(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> Made:
@@ -156,12 +155,7 @@ def check(pipe: DiffusionPipeline, recipe: Recipe) -> None:
         multiple = chosen.scale * vae_factor(pipe) * patch_size(pipe)
         if height % multiple or width % multiple:
             raise ValueError(f"height={height}, width={width}: half-size previews need multiples of {multiple}.")
-    if recipe.negative_prompt:
-        takes = inspect.signature(pipe.__call__).parameters
-        if "negative_prompt" not in takes or ("true_cfg_scale" in takes and not guides_by_true_cfg(pipe)):
-            raise ValueError(f"This {type(pipe).__name__} is guided without a negative prompt; leave it empty.")
-        if recipe.guidance_scale <= 1:
-            raise ValueError(f"guidance_scale={recipe.guidance_scale:g}: a negative prompt needs more than 1.")
+    _guidance(pipe, recipe)
 
 
 def options(recipe: Recipe) -> PreviewOptions:
@@ -181,19 +175,8 @@ def size(pipe: DiffusionPipeline, recipe: Recipe) -> tuple[int, int]:
     return height, width
 
 
-def _call(pipe: DiffusionPipeline, recipe: Recipe) -> dict:
-    negative = {"negative_prompt": [recipe.negative_prompt]} if recipe.negative_prompt else {}
-    return {**guidance(pipe, recipe.guidance_scale, 1), **text_length(pipe), **negative}
-
-
-def _sample(pipe: DiffusionPipeline, recipe: Recipe) -> Image.Image:
-    """`evaluation.single.sample`, with a negative prompt."""
-    height, width = size(pipe, recipe)
-    shape = latent_shape(pipe, height, width)
-    call = {"prompt": [recipe.prompt], "latents": pack(pipe, initial_noise([recipe.seed], shape))}
-    call |= {"num_inference_steps": recipe.steps, **_call(pipe, recipe)}
-    images_BCHW = decode(pipe, unpack(pipe, pipe(**call_at_size(pipe, call, height, width))[0], shape))
-    return pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(images_BCHW))[0]
+def _guidance(pipe: DiffusionPipeline, recipe: Recipe) -> dict:
+    return guidance(pipe, recipe.guidance_scale, [recipe.negative_prompt])
 
 
 class Work(NamedTuple):

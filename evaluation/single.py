@@ -62,19 +62,21 @@ def sample(
     guidance_scale: float,
     height: int | None = None,
     width: int | None = None,
-    image: str | None = None,
+    image: str = "",
+    negative_prompt: str = "",
 ) -> Image.Image:
     """The picture of a prompt and a seed: that of `evaluate.py` and of the offline dataset.
 
     Args:
         pipe: with the scheduler to use.
-        prompt, seed, steps, guidance_scale, height, width: of the picture.
+        prompt, negative_prompt, seed, steps, guidance_scale, height, width: of the picture.
         image: file of a picture to edit; it is cut to the shape of the new one, and scaled.
 
     Raises:
         OSError: there is no such file, or it is no picture.
         NotFiniteError: as `to_picture` says.
-        ValueError: the pipeline has no such size or edits no pictures, or its scheduler has not so many steps.
+        ValueError: the pipeline has no such size, edits no pictures or has no use for a negative prompt, or its
+            scheduler has not so many steps.
     """
     size = [given or own for given, own in zip((height, width), default_size(pipe), strict=True)]
     shape = latent_shape(pipe, height, width)
@@ -82,10 +84,10 @@ def sample(
         "prompt": [prompt],
         "latents": pack(pipe, initial_noise([seed], shape)),
         "num_inference_steps": steps,
-        **guidance(pipe, guidance_scale, 1),
+        **guidance(pipe, guidance_scale, [negative_prompt]),
         **text_length(pipe),
     }
-    if image is not None:
+    if image:
         try:
             source = source_picture(Path(image).read_bytes(), *size)
         except UnidentifiedImageError as error:

@@ -300,7 +300,7 @@ def draw_flux(pipeline, prompts: list[str], noise_BCHW: torch.Tensor, size: int,
             "prompt": words,
             "latents": pack(pipeline, noise),
             "num_inference_steps": FLUX_STEPS,
-            **guidance(pipeline, FLUX_GUIDANCE, len(words)),
+            **guidance(pipeline, FLUX_GUIDANCE, [""] * len(words)),
             **text_length(pipeline),
         }
         if sources is not None:

@@ -81,7 +81,7 @@ def run(given: Namespace) -> Path | str:
         ratio=given.ratio,
         shift=given.shift,
         choices=PUBLISHED if given.published else Choices(),
-        call={**guidance(pipe, facts["guidance_scale"], 1), **text_length(pipe)},
+        call={**guidance(pipe, facts["guidance_scale"], [""]), **text_length(pipe)},
     )
     image = to_picture(pipe, result.images_BCHW)
     name = given.preset if given.steps is None else "custom"

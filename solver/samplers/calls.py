@@ -1,10 +1,11 @@
 """What a stock call must be told beside its prompt: the guidance, the length of the text, the picture to edit.
 
-call = call_at_size(pipe, {"prompt": prompts, **guidance(pipe, 3.0, len(prompts)), **text_length(pipe)}, 64, 64)
+call = call_at_size(pipe, {"prompt": prompts, **guidance(pipe, 3.0, [""] * len(prompts)), **text_length(pipe)}, 64, 64)
 call |= {"image": encode_sources(pipe, sources_BCHW)}            # an editing pipeline
 """
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline
@@ -19,18 +20,28 @@ def guides_by_true_cfg(pipe: DiffusionPipeline) -> bool:
     return takes and not denoiser(pipe).config.get("guidance_embeds")
 
 
-def guidance(pipe: DiffusionPipeline, scale: float, negative_prompts: int = 0) -> dict:
+def guidance(pipe: DiffusionPipeline, scale: float, negative_prompts: Sequence[str] = ()) -> dict:
     """The arguments of a call that guide by `scale`.
 
     Args:
         pipe: a stock pipeline.
         scale: 1 is no guidance.
-        negative_prompts: how many empty ones to give as well, where the guidance needs them; 0 where the call has
-            their embeddings.
+        negative_prompts: one a picture; empty ones are given where the guidance needs them. None at all where the call
+            has their embeddings.
+
+    Raises:
+        ValueError: one is not empty, and the pipeline or the scale has no use for it.
     """
-    if not guides_by_true_cfg(pipe):
-        return {"guidance_scale": scale}
-    return {"true_cfg_scale": scale} | ({"negative_prompt": [""] * negative_prompts} if negative_prompts else {})
+    takes, true_cfg = inspect.signature(pipe.__call__).parameters, guides_by_true_cfg(pipe)
+    if any(negative_prompts):
+        if "negative_prompt" not in takes or ("true_cfg_scale" in takes and not true_cfg):
+            raise ValueError(f"This {type(pipe).__name__} is guided without a negative prompt; leave it empty.")
+        if scale <= 1:
+            raise ValueError(f"guidance_scale={scale:g}: a negative prompt needs more than 1.")
+    call = {"true_cfg_scale" if true_cfg else "guidance_scale": scale}
+    if any(negative_prompts) or (true_cfg and negative_prompts):
+        call["negative_prompt"] = [*negative_prompts]
+    return call
 
 
 def text_length(pipe: DiffusionPipeline) -> dict[str, int]:

@@ -180,10 +180,15 @@ def test_the_grid_is_shifted_for_the_size_of_the_picture(name, model):
 
 
 def test_guidance_is_classifier_free_where_the_network_is_told_no_scale(model, pipe):
-    assert guidance(pipe, 3.0, 2) == {"true_cfg_scale": 3.0, "negative_prompt": ["", ""]}
+    assert guidance(pipe, 3.0, ["", ""]) == {"true_cfg_scale": 3.0, "negative_prompt": ["", ""]}
+    assert guidance(pipe, 3.0, ["", "fog"]) == {"true_cfg_scale": 3.0, "negative_prompt": ["", "fog"]}
     assert text_length(pipe) == {"max_sequence_length": 32}
+    with pytest.raises(ValueError, match="guidance_scale=1: a negative prompt needs more than 1"):
+        guidance(pipe, 1.0, ["fog"])
     pipe.transformer.register_to_config(guidance_embeds=True)
-    assert guidance(pipe, 3.0, 2) == {"guidance_scale": 3.0}
+    assert guidance(pipe, 3.0, ["", ""]) == {"guidance_scale": 3.0}
+    with pytest.raises(ValueError, match="is guided without a negative prompt"):
+        guidance(pipe, 3.0, ["fog"])
 
 
 def test_sources_are_encoded_as_the_pipeline_does_it(pipe, dataset):

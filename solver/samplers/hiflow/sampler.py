@@ -249,7 +249,7 @@ class _Run:
         call = dict(self.call)
         if guidance_scale is not None:
             given = any(call.get(f"negative_prompt{end}") is not None for end in ("", "_embeds"))
-            call |= guidance(self.pipe, guidance_scale, 0 if given else len(self.seeds))
+            call |= guidance(self.pipe, guidance_scale, () if given else [""] * len(self.seeds))
         # For what a pipeline draws by itself, such as the latents of a control image.
         call["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         if self.pipe.components.get("controlnet") is not None:
