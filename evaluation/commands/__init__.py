@@ -15,13 +15,14 @@ from data.prompts import source_identity
 from evaluation.config import MOST_STEPS, check_guidance, is_step_count
 
 # What a PNG remembers.
-KEPT = ("model", "prompt", "seed", "guidance_scale", "height", "width", "image", "image_sha256")
+KEPT = ("model", "prompt", "negative_prompt", "seed", "guidance_scale", "height", "width", "image", "image_sha256")
 
 
 def add_picture_arguments(parser: ArgumentParser) -> None:
-    """Which picture: model, prompt, seed, guidance, size, what it edits; where it is made and written."""
+    """Which picture: model, prompts, seed, guidance, size, what it edits; where it is made and written."""
     parser.add_argument("--model", help="pipeline: hub id or local folder")
     parser.add_argument("--prompt")
+    parser.add_argument("--negative_prompt", help="what the picture shall not show; needs guidance above 1")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--guidance_scale", type=float, help="default 3, with `--solver` that of the solver")
     parser.add_argument("--height", type=int, help="in pixels; the pipeline's own by default")

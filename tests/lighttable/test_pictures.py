@@ -76,11 +76,22 @@ def test_half_size_pictures_are_those_of_sample(method, models, flux_table, neve
     assert whole.image.tobytes() == full.image.tobytes() and whole.evaluations == 6
 
 
-def test_a_negative_prompt_counts(models, sd_table, never):
+def test_a_negative_prompt_counts(models, sd_table, never, by_hand, tmp_path):
     plain = recipe(models, "sd", "few")
     there = recipe(models, "sd", "few", negative_prompt="a blue cube")
     one, other = sd_table.make([plain, there], never)
     assert one.image.tobytes() != other.image.tobytes()
+    few = by_hand("sd", "refine", steps=4, negative_prompt="a blue cube")
+    assert same(other, few)
+
+    again = tmp_path / "again.png"  # a PNG remembers it, whoever wrote it
+    for path in (few, Visit(tmp_path).keep(other).path):
+        main(words("refine", preview=path, steps=4, output=again, device="cpu"))
+        assert same(other, again)
+    main(words("refine", preview=few, steps=4, negative_prompt="", output=again, device="cpu"))
+    assert same(one, again)
+    with pytest.raises(ValueError, match="a negative prompt needs more than 1"):
+        by_hand("sd", "solver", solver=models / "sd-solver", negative_prompt="fog", guidance_scale=1)
 
 
 @pytest.mark.parametrize("method", ["solver", "both", "full"])
