@@ -41,7 +41,7 @@ SMALL = ("half", "both")  # methods whose pictures are half as wide and high
 LEARNED = ("solver", "both")
 SWITCH, GUIDED = 1 / 3, 1 / 6  # shares of the full run: the paper's 10 and 5 of 30 steps
 MOST_STEPS = 1000
-OF_SAMPLE = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "height", "width")
+OF_SAMPLE = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "height", "width", "image")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Recipe:
         height, width: of the full render, in pixels; the pipeline's own where they are None.
         solver: folder or hub id of the learned solver, or diffusers class of the plain one; the one of full renders
             where it is None.
+        image: file of the picture to edit; none where it is empty.
+        image_sha256: of that file; for the PNG, which does not contain it.
 
     Raises:
         ValueError: for any value that no picture has.
@@ -71,6 +73,8 @@ class Recipe:
     height: int | None = None
     width: int | None = None
     solver: str | None = None
+    image: str = ""
+    image_sha256: str = ""
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -84,6 +88,8 @@ class Recipe:
             raise ValueError(f"guidance_scale={self.guidance_scale}: expected 0 to 100.")
         if self.method in LEARNED and not self.solver:
             raise ValueError(f"{METHODS[self.method]} needs a learned solver; name its folder or hub id.")
+        if self.method in SMALL and self.image:
+            raise ValueError(f"{METHODS[self.method]}: edits have none.")
 
     @property
     def full(self) -> "Recipe":

@@ -21,6 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from data.prompts import source_identity
 from evaluation.recipe import Recipe, size
 from evaluation.single import PREFIX, full_scheduler
 from solver import ConsistencySolverScheduler
@@ -70,16 +71,19 @@ def read(path: Path) -> tuple[Image.Image, dict[str, str]]:
     return image, facts
 
 
-def recipe_of(facts: Mapping[str, str]) -> Recipe:
+def recipe_of(facts: Mapping[str, str], image: Path | None = None) -> Recipe:
     """The recipe that a PNG remembers, also one of `sample.py solver` and `refine`.
 
+    Args:
+        facts: of `read`.
+        image: of an edit, the picture that was edited. The file that the PNG names is not opened.
+
     Raises:
-        ValueError: something is missing, or no such value can be.
+        OSError: there is no such `image`.
+        ValueError: something is missing, no such value can be, or `image` is not the picture that was edited.
     """
     if missing := [name for name in ("prompt", "seed", "solver", "steps") if name not in facts]:
         raise ValueError(f"The picture does not say its {', '.join(missing)}, so it cannot be made again from itself.")
-    if "image" in facts:
-        raise ValueError(f"The picture is an edit of {facts['image'][:80]!r}, which it does not remember.")
     if re.match(r"ralu\b", facts["solver"]):
         raise ValueError("The picture was made by `sample.py ralu`, whose schedule it does not remember.")
     kinds = {"seed": int, "steps": int, "full_steps": int, "height": int, "width": int, "guidance_scale": float}
@@ -93,7 +97,22 @@ def recipe_of(facts: Mapping[str, str]) -> Recipe:
     values.setdefault("method", "full" if plain else "solver")
     if values["method"] == "half":  # its solver is the pipeline's own
         values.pop("solver")
-    return Recipe(**values)
+    return Recipe(**values | _source(facts, image))
+
+
+def _source(facts: Mapping[str, str], image: Path | None) -> dict[str, str]:
+    """What a recipe says of the picture to edit: nothing, or `image`, if it is the one that was edited."""
+    if "image" not in facts:
+        if image is not None:
+            raise ValueError(f"--image {image}: the picture is no edit; leave it out.")
+        return {"image": "", "image_sha256": ""}
+    name = repr(facts["image"][-80:])
+    if image is None:
+        raise ValueError(f"The picture is an edit of {name}, which it does not contain; give that with --image.")
+    digest = source_identity(image.read_bytes()).hex()
+    if facts.get("image_sha256", digest) != digest:
+        raise ValueError(f"--image {image}: not the picture that was edited, {name}; its sha256 is another.")
+    return {"image": str(image), "image_sha256": digest}
 
 
 def _versions() -> str:

@@ -1,20 +1,24 @@
 """A picture again, from what its PNG remembers.
 
-    python sample.py remake image.png --output again.png
+    python sample.py remake picture.png --output again.png
+    python sample.py remake edit.png --image source.png
 
 PNGs of `sample.py solver` and `refine` and of the light table remember prompt, seed, model, solver, steps and sizes.
 On the same device, with the same weights and versions, the new picture is the old one, bit for bit; the command says
-whether it is, and if not, what differs. `--model` and `--solver` say where model and learned solver are now.
+whether it is, and if not, what differs. `--model` and `--solver` say where model and learned solver are now. An edit
+remembers the sha256 of the picture that was edited, and needs that picture.
 """
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from data.command_line import DTYPES
+from evaluation.commands import pipeline_class
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("image", type=Path, help="PNG that says how it was made")
+    parser.add_argument("picture", type=Path, help="PNG that says how it was made")
+    parser.add_argument("--image", type=Path, help="of an edit, the picture that was edited")
     parser.add_argument("--output", type=Path, help="PNG to write; NAME_again.png by default")
     parser.add_argument("--model", help="hub id or local folder, instead of what the PNG says")
     parser.add_argument("--solver", help="likewise, of the learned solver")
@@ -31,32 +35,32 @@ def run(given: Namespace) -> str:
     from evaluation.rendering import load_pipeline
     from evaluation.single import save_png
 
-    image, facts = read(given.image)
-    recipe = recipe_of(facts)
+    then, facts = read(given.picture)
+    recipe = recipe_of(facts, given.image)
     if given.solver and recipe.method in LEARNED:
         recipe = replace(recipe, solver=given.solver)
     model, dtype = given.model or facts.get("model"), given.dtype or facts.get("dtype", "float32")
     if model is None:
-        raise ValueError(f"{given.image} does not say its model; give --model.")
+        raise ValueError(f"{given.picture} does not say its model; give --model.")
     if dtype not in DTYPES:
-        raise ValueError(f"{given.image} says dtype {dtype[:40]!r}; give --dtype.")
-    pipe = load_pipeline(model, dtype, given.device)
+        raise ValueError(f"{given.picture} says dtype {dtype[:40]!r}; give --dtype.")
+    pipe = load_pipeline(model, dtype, given.device, pipeline_class(facts))
     learned = load_solver(pipe, recipe)
     again = make(pipe, recipe, learned).image
     now = remembered(pipe, recipe, surroundings(pipe, model, dtype, learned))
-    path = given.output or given.image.with_name(f"{given.image.stem}_again.png")
+    path = given.output or given.picture.with_name(f"{given.picture.stem}_again.png")
     save_png(again, path, now)
-    return f"{path}: {compared(image, again, facts, now)}"
+    return f"{path}: {compared(then, again, facts, now)}"
 
 
-def compared(image, again, facts: dict[str, str], now: dict[str, str]) -> str:
+def compared(then, again, facts: dict[str, str], now: dict[str, str]) -> str:
     """Whether two pictures are the same, and if not, how far apart, and what differs in how they were made."""
     import torch
     from torchvision.transforms.functional import pil_to_tensor
 
-    if image.size != again.size:
-        return f"not the same picture: {_size(image)} then, {_size(again)} now. {_differing(facts, now)}"
-    apart = (pil_to_tensor(image).int() - pil_to_tensor(again.convert("RGB")).int()).abs()
+    if then.size != again.size:
+        return f"not the same picture: {_size(then)} then, {_size(again)} now. {_differing(facts, now)}"
+    apart = (pil_to_tensor(then).int() - pil_to_tensor(again.convert("RGB")).int()).abs()
     if not apart.any():
         return "the same picture, bit for bit."
     changed = float((apart.amax(dim=0) > 0).to(torch.float64).mean())
@@ -68,10 +72,12 @@ def compared(image, again, facts: dict[str, str], now: dict[str, str]) -> str:
 
 def _differing(facts: dict[str, str], now: dict[str, str]) -> str:
     names = [name for name in now if name in facts and facts[name] != now[name]]
+    names = [name for name in names if name != "image"]  # a path; its digest tells pictures apart
     if names:
         pairs = "; ".join(f"{name}: {facts[name][:200]!r} then, {now[name]!r} now" for name in names)
         return f"What differs: {pairs}."
-    unknown = [name for name in ("weights", "device", "versions") if name not in facts]
+    decisive = ("image_sha256", "weights", "device", "versions")
+    unknown = [name for name in decisive if name in now and name not in facts]
     if unknown:
         return f"The file does not say its {', '.join(unknown)}; one of them may differ."
     return "All that the file remembers is the same, so the picture in it was changed, or the device rounds otherwise."

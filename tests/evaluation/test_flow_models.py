@@ -100,8 +100,6 @@ def test_an_edit_on_the_command_line_is_that_of_the_sampler(flux, tmp_path):
         mine = pictures(Sampler(pipe, SIZE, SIZE), scheduler, samples)[0]
         with Image.open(path) as image:
             assert (mine - pil_to_tensor(image) / 255).abs().max() < 1.5 / 255
-    with pytest.raises(ValueError, match=r"an edit of .*source\.png"):
-        sample_main(["remake", few])
     Path(source).write_text("no picture")
     again = ["refine", "--preview", few, "--steps", str(STEPS), "--output", full]
     with pytest.raises(ValueError, match=r"source\.png has changed since it was edited"):
@@ -111,6 +109,31 @@ def test_an_edit_on_the_command_line_is_that_of_the_sampler(flux, tmp_path):
     Path(source).unlink()
     with pytest.raises(ValueError, match=r"--image .*source\.png: there is no such file"):
         sample_main(["refine", "--preview", few, "--steps", str(STEPS), "--output", full])
+
+
+def test_an_edit_is_made_again_from_the_picture_that_was_edited(flux, tmp_path):
+    """The PNG has its sha256, so that the same file elsewhere will do, and no other."""
+    names = ("source", "few", "full", "moved", "again")
+    source, few, full, moved, again = (tmp_path / f"{name}.png" for name in names)
+    to_pil_image(source_picture(samples_of("edits:test", 1).sources[0], SIZE, SIZE)).save(source)
+    own = open_pipeline(str(flux), pipeline="FluxKontextPipeline").scheduler
+    ConsistencySolverScheduler.from_scheduler(own, order=2).save_pretrained(tmp_path / "solver")
+    picture = {"model": flux, "image": source, "prompt": "make it blue", "negative_prompt": "red", "seed": 7}
+    picture |= {"guidance_scale": GUIDANCE, "height": SIZE, "width": SIZE, "steps": STEPS}
+    command = [part for name, value in picture.items() for part in (f"--{name}", str(value))]
+    sample_main(["solver", *command, "--solver", str(tmp_path / "solver"), "--output", str(few)])
+    sample_main(["refine", *command, "--output", str(full)])
+    for path in (few, full):
+        with pytest.raises(ValueError, match=r"an edit of .*source\.png', which it does not contain; give .* --image"):
+            sample_main(["remake", str(path)])
+    source.rename(moved)
+    for path in (few, full, again):  # a picture that was made again can be made again
+        answer = sample_main(["remake", str(path), "--image", str(moved), "--output", str(again)])
+        assert answer == f"{again}: the same picture, bit for bit."
+    with pytest.raises(ValueError, match=r"not the picture that was edited, .*; its sha256 is another"):
+        sample_main(["remake", str(few), "--image", str(full)])
+    with pytest.raises(FileNotFoundError):
+        sample_main(["remake", str(few), "--image", str(source)])
 
 
 def test_a_model_of_another_pipeline_is_one_sentence(flux):

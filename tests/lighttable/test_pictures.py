@@ -137,6 +137,7 @@ FACTS = {"model": "zoo/none", "prompt": "x", "seed": "7", "solver": "DDIMSchedul
         ({"method": "solver", "solver": ""}, "needs a learned solver"),
         ({"solver": "ralu 4x"}, "made by `sample.py ralu`"),
         ({"dtype": "eval"}, "says dtype 'eval'"),
+        ({"image": "/etc/passwd"}, "an edit of '/etc/passwd', which it does not contain"),
         ({"model": None}, "does not say its model"),
         ({"model": "../../etc/passwd"}, "etc/passwd"),
     ],
