@@ -6,8 +6,8 @@
 A place is an evaluation: a model, a size, pictures or edits. In each, every solver is compared with its base rule and
 the classical solvers on the same held-out prompts and noise. Where the noise schedules differ, its policy is asked on
 the other model's grid (`solver/transfer.py`). Writes transfer.json and transfer.md; what is measured stays in the
-cache. With every solver there is, a place takes 200 x (30 + 9 x 16) network evaluations and the choice of grids: about
-10 minutes on 2 CPU cores, 45 at 128 px, estimated from single runs.
+cache. With every solver there is, a place takes 200 x (30 + 9 x 16) network evaluations (guidance counts once) and the
+choice of grids: about 10 minutes on 2 CPU cores, 45 at 128 px, estimated from single runs.
 """
 
 import argparse
@@ -85,15 +85,19 @@ def measure(
 
 
 def gains(metrics: dict) -> list[dict]:
-    """What a solver gains over its base rule in each cell and metric, and whether it is ahead of all other rows."""
+    """What a solver gains over its base rule in each cell and metric, and whether it is ahead of all other rows.
+
+    A gain in a metric that is better low is negative, as its row says.
+    """
     found = []
     for entry in metrics["paired"]:
         if entry["b"] == "base":
             cell = (entry["steps"], entry["metric"])
-            others = [e for e in metrics["paired"] if (e["steps"], e["metric"]) == cell]
-            ahead = all(other["ci95"][0] > 0 for other in others)
+            higher = metrics["metrics"][entry["metric"]]["higher_is_better"]
+            intervals = [e["ci95"] for e in metrics["paired"] if (e["steps"], e["metric"]) == cell]
+            ahead = all(low > 0 if higher else high < 0 for low, high in intervals)
             kept = {name: entry[name] for name in ("steps", "metric", "difference", "ci95")}
-            found.append(kept | {"ahead_of_all": ahead})
+            found.append(kept | {"higher_is_better": higher, "ahead_of_all": ahead})
     return found
 
 
@@ -104,7 +108,7 @@ def table(rows: Sequence[dict], metric: str) -> str:
     lines = []
     for steps in sorted({row["steps"] for row in rows}):
         lines += [
-            f"### {steps} steps, {metric}",
+            f"### {steps} steps, {metric}{'' if rows[0]['higher_is_better'] else ' ↓'}",
             "",
             f"| trained on | {' | '.join(used)} |",
             "|---" * (len(used) + 1) + "|",
@@ -127,7 +131,10 @@ HEAD = """\
 # Solvers away from where they were trained
 
 Learned minus its own base rule, paired on {prompts} held-out prompts at guidance {guidance:g}, with 95 % intervals;
-bold where it is ahead of every classical solver too ({classical}). Only what is in the same column can be compared.
+bold where it is ahead of every classical solver too ({classical}); ↓ is better low. Only what is in the same column
+can be compared.
+
+{ran_on}
 
 """
 
@@ -144,12 +151,20 @@ def main() -> None:
         print(f"{name}: left out, there is no {PLACES[name].solver}.")
     if len(there) < 2:
         raise SystemExit("A transfer needs solvers of two places. Train them: configs/mini_flux.yaml and its like.")
-    rows = []
+    from evaluation.table import ran_on
+
+    rows, machines = [], []
     for used in there:
         for trained in there:
             metrics = measure(trained, used, there, args.output, args.steps, args.num_prompts)
             rows += [{"trained": trained, "used": used, **gain} for gain in gains(metrics)]
-    head = HEAD.format(prompts=args.num_prompts, guidance=GUIDANCE, classical=", ".join(CLASSICAL))
+            machines.append(ran_on(metrics))
+    head = HEAD.format(
+        prompts=args.num_prompts,
+        guidance=GUIDANCE,
+        classical=", ".join(CLASSICAL),
+        ran_on="\n".join(dict.fromkeys(machines)),
+    )
     if unknown := set(args.metrics) - {row["metric"] for row in rows}:
         raise SystemExit(f"--metrics {' '.join(sorted(unknown))}: not measured in these places.")
     text = head + "\n".join(table(rows, metric) for metric in args.metrics)

@@ -1,7 +1,7 @@
 """table.md: metrics.json as Markdown."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def table(metrics: dict) -> str:
@@ -24,7 +24,6 @@ def table(metrics: dict) -> str:
 
 def _preamble(metrics: dict) -> str:
     full = metrics["full_steps"]
-    dtype = metrics["dtype"] + (", denoiser in bfloat16" if metrics["autocast"] else "")
     chosen = (
         f"Each classical solver is on its best grid for the number of steps and the guidance, chosen by "
         f"{metrics['main_metric']} on {metrics['dataset']['grid_prompts']} other prompts. "
@@ -36,8 +35,16 @@ def _preamble(metrics: dict) -> str:
         "± is half the 95 % bootstrap interval; best of a step count in bold; † was the reward in training, ↓ is "
         "better low. NFE counts evaluations of the denoiser, prompt and empty prompt together; it and the seconds are "
         "those of a solver alone, though evaluations that several solvers share were made once.\n\n"
-        f"{metrics['hardware']}, {dtype}, batches of {metrics['batch_size']}, torch {metrics['versions']['torch']}, "
-        f"diffusers {metrics['versions']['diffusers']}."
+        f"{ran_on(metrics)}"
+    )
+
+
+def ran_on(report: Mapping) -> str:
+    """Hardware, dtype, size of a batch and versions of metrics.json, as a sentence."""
+    dtype = report["dtype"] + (", denoiser in bfloat16" if report["autocast"] else "")
+    return (
+        f"{report['hardware']}, {dtype}, batches of {report['batch_size']}, torch {report['versions']['torch']}, "
+        f"diffusers {report['versions']['diffusers']}."
     )
 
 

@@ -16,18 +16,20 @@ from data.teacher import library_versions
 from evaluation.bootstrap import Estimate
 from evaluation.plots import COLOURS, LEARNED, MARKERS, STYLE
 from evaluation.report import hardware
+from evaluation.table import ran_on
 
 
 def report_of(lines: Sequence[Line], study: Study, about: dict) -> dict:
     """All numbers, in plain JSON values; `about` comes first."""
     samples = study.samples
-    ran_on = {"hardware": hardware(), "batch_size": study.batch_size, "versions": library_versions()}
+    run = {"hardware": hardware(), "dtype": "float32", "autocast": False, "batch_size": study.batch_size}
     return {
         **about,
         "prompts": len(set(samples.prompts)),
         "pictures": len(samples.prompts),
         "guidance_scale": samples.guidance_scale,
-        **ran_on,
+        **run,
+        "versions": library_versions(),
         "metrics": {
             name: {"unit": unit, "higher_is_better": name not in LOW_IS_GOOD} for name, unit in METRICS.items()
         },
@@ -93,8 +95,7 @@ def _preamble(report: dict) -> str:
         "with. ± is half the 95 % bootstrap interval. FLOPs are the denoiser's, attention and both branches of the "
         "guidance counted; FLOPs and seconds are those of a row alone, though evaluations that rows share were made "
         "once. In the second table, what is surely better than the other row is bold, what is surely worse is in "
-        f"italics.\n\n{report['hardware']}, float32, batches of {report['batch_size']}, torch "
-        f"{report['versions']['torch']}, diffusers {report['versions']['diffusers']}."
+        f"italics.\n\n{ran_on(report)}"
     )
 
 

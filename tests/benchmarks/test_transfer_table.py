@@ -38,24 +38,54 @@ def test_a_policy_is_brought_to_the_other_model(places, tmp_path, monkeypatch):
     metrics = measure("elsewhere", "here", places, tmp_path / "out", [3], 2)
     means = {row["solver"]: row["metrics"]["pixels"]["mean"] for row in metrics["rows"] if row["solver"] != "full"}
     (gain,) = gains(metrics)
+    assert gain["higher_is_better"]
     assert gain["difference"] == pytest.approx(means["learned"] - means["base"], abs=1e-6)
     assert abs(gain["difference"]) > 0.01
     moved = ConsistencySolverScheduler.from_pretrained(tmp_path / "out" / "elsewhere_on_here" / "solver")
     assert moved.is_flow
 
 
-def test_gains_say_who_is_ahead_of_all():
-    def entry(b, low):
-        return {"a": "learned", "b": b, "steps": 5, "metric": "pixels", "difference": 1.0, "ci95": [low, 1.5]}
+def paired(metric, higher_is_better, **intervals):
+    """Of the learned solver minus each other one, as metrics.json has it."""
+    facts = {"a": "learned", "steps": 5, "metric": metric, "difference": 1.0}
+    return {
+        "paired": [{**facts, "b": name, "ci95": interval} for name, interval in intervals.items()],
+        "metrics": {metric: {"higher_is_better": higher_is_better}},
+    }
 
-    (ahead,) = gains({"paired": [entry("base", 0.5), entry("unipc", 0.1)]})
-    (behind,) = gains({"paired": [entry("base", 0.5), entry("unipc", -0.1)]})
+
+def test_gains_say_who_is_ahead_of_all():
+    (ahead,) = gains(paired("pixels", True, base=[0.5, 1.5], unipc=[0.1, 1.5]))
+    (behind,) = gains(paired("pixels", True, base=[0.5, 1.5], unipc=[-0.1, 1.5]))
     assert ahead["ahead_of_all"] and not behind["ahead_of_all"]
     rows = [{"trained": "a", "used": "a", **ahead}, {"trained": "b", "used": "a", **behind}]
     lines = table(rows, "pixels").splitlines()
+    assert lines[0] == "### 5 steps, pixels"
     assert lines[2:] == [
         "| trained on | a |", "|---|---|", "| a | **+1.00 [+0.50, +1.50]** |", "| b | +1.00 [+0.50, +1.50] |"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "unipc, ahead", [([-0.9, -0.1], True), ([-0.9, 0.1], False), ([0.1, 0.9], False)], ids=["below", "near", "above"]
+)
+def test_ahead_is_below_where_low_is_better(unipc, ahead):
+    (gain,) = gains(paired("frechet_dino", False, base=[-0.9, -0.5], unipc=unipc))
+    assert gain["ahead_of_all"] == ahead
+    assert table([{"trained": "a", "used": "a", **gain}], "frechet_dino").startswith("### 5 steps, frechet_dino ↓\n")
+
+
+def test_the_report_says_what_it_ran_on(tmp_path, monkeypatch, capsys):
+    run = {"hardware": "abacus", "dtype": "float32", "autocast": False, "batch_size": 50}
+    metrics = paired("pixels", True, base=[0.5, 1.5]) | run | {"versions": {"torch": "2", "diffusers": "1"}}
+    places = {name: Place("unused", str(tmp_path)) for name in ("a", "b")}
+    monkeypatch.setattr(transfer, "PLACES", places)
+    monkeypatch.setattr(transfer, "measure", lambda *_: metrics)
+    monkeypatch.setattr("sys.argv", ["transfer", "--metrics", "pixels", "--output", str(tmp_path)])
+    transfer.main()
+    report = (tmp_path / "transfer.md").read_text()
+    assert "\n\nabacus, float32, batches of 50, torch 2, diffusers 1.\n\n### 5 steps, pixels\n" in report
+    assert capsys.readouterr().out.startswith(report)
 
 
 @pytest.mark.parametrize("name", PLACES)
