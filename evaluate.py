@@ -4,7 +4,7 @@
     python evaluate.py --config configs/eval_mini_sd.yaml --learned out/solver \\
         --columns '{"guidance_scale": 3, "steps": [5, 8], "num_prompts": 50}'
 
-The first line says what it costs, in network evaluations and minutes.
+The first line says what it costs, in network evaluations (guidance counts once) and minutes.
 
 Writes metrics.json, table.md, plots and contact_sheet.png into `output_dir`. Finished cells are kept in its `cache`:
 the same command goes on after an interruption, and measures only what is new after a change of the config.

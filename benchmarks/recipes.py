@@ -5,7 +5,7 @@
 
 Both train on the dataset of `configs/build_mini_sd.yaml` with the depth reward, at guidance 3, and are judged on the
 same held-out rows in 4, 5, 6 and 8 steps. Writes recipes.json, recipes.md and recipes.png; finished runs are kept. The
-bar: at most a tenth of the evaluations.
+bar: at most a tenth of the evaluations, in which guidance counts twice.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def draw(curves: dict[str, dict[int, list[tuple[int, float]]]], path: Path) -> N
         for number, points in enumerate(seeds.values()):
             label = recipe if number == 0 else None
             axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o", markersize=3, linewidth=1.2)
-    axes.set(xscale="symlog", xlabel="network evaluations", ylabel="held-out depth reward, dB")
+    axes.set(xscale="symlog", xlabel="network evaluations, guidance counts twice", ylabel="held-out depth reward, dB")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

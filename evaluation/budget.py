@@ -34,7 +34,8 @@ class Budget:
         minutes = (self.evaluations * seconds_per_evaluation + self.pictures * seconds_per_picture) / 60
         return (
             f"Budget: {self.evaluations:,} network evaluations ({self.full_steps:,} for full-step pictures, "
-            f"{self.grids:,} to choose grids, {self.rows:,} for the rows) and {self.pictures:,} pictures. At "
+            f"{self.grids:,} to choose grids, {self.rows:,} for the rows; guidance counts once) and "
+            f"{self.pictures:,} pictures. At "
             f"{1 / seconds_per_evaluation:.0f} evaluations and {1 / seconds_per_picture:.0f} pictures a second: "
             f"{minutes:.0f} minutes, less what is in the cache."
         )

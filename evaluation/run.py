@@ -73,7 +73,7 @@ def evaluate(config: EvaluationConfig) -> dict:
     results = Results(config, bench.sampler.latent_shape, _reference(bench), _grids(bench))
     with logging_redirect_tqdm():
         results.measured = [measure_columns(bench, columns) for columns in config.columns]
-    logger.info("%s network evaluations were made.", f"{bench.sampler.evaluations:,}")
+    logger.info("%s network evaluations were made (guidance counts once).", f"{bench.sampler.evaluations:,}")
     metrics = write_report(results, folder)
     draw_plots(metrics, trainer_state, folder)
     draw_contact_sheet(results, folder / "contact_sheet.png")

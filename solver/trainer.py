@@ -344,7 +344,7 @@ class ConsistencySolverTrainer(Trainer):
         logger.warning(
             f"{args.num_iterations:,} iterations of {args.prompts_per_iteration} x {args.group_size} rollouts: "
             f"{args.num_iterations * rollouts:,} rollouts, about "
-            f"{scale * self._metrics['network_evaluations'][-1]:,.0f} network evaluations and "
+            f"{scale * self._metrics['network_evaluations'][-1]:,.0f} network evaluations (guidance counts twice) and "
             f"{scale * self._rollout_seconds / 60:,.1f} minutes, held-out evaluations not counted."
         )
 

@@ -201,7 +201,8 @@ def test_a_budget_by_hand():
     assert budget.rows == (3 + 1) * (1 + 2 + 2) + 3 * (1 + 3 + 3) + (3 + 1) * (1 + 2)
     assert budget.pictures == 4 + 4 * 2 + 3 * 2 + 4 * 2
     said = Budget(full_steps=2000, grids=300, rows=700, pictures=120).line(0.05, 0.25)
-    assert "3,000 network evaluations (2,000 for full-step pictures, 300 to choose grids, 700 for the rows)" in said
+    assert "3,000 network evaluations (2,000 for full-step pictures, 300 to choose grids, 700 for the rows; " in said
+    assert "guidance counts once) and " in said
     assert "120 pictures. At 20 evaluations and 4 pictures a second: 3 minutes" in said  # 150 + 30 s
 
 
