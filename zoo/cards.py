@@ -71,10 +71,10 @@ ABOUT = {
     "dino": (
         "Features without labels",
         "image-feature-extraction",
-        "A small vision transformer of timm, trained on pictures alone, by contrast of views (arXiv 2002.05709). "
-        "DINO's own self-distillation had not begun to tell shapes apart after 200 steps.",
+        "An XCiT of timm (arXiv 2106.09681), trained without labels by contrast of views (arXiv 2002.05709): two "
+        "sightings of a solid, before and after its scene was rearranged, or two renders of a whole scene.",
         "load_reward('dino', model='zoo/dino')",
-        "zoo/train_dino.py --minutes 24",
+        "zoo/train_dino.py --minutes 45",
     ),
 }
 

@@ -169,8 +169,9 @@ def make_optimizers(network: nn.Module, run: Run) -> list[torch.optim.Optimizer]
 
 
 def is_block_layer(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is the weight of a layer in a numbered list of modules, neither modulation nor embedding."""
-    return parameter.ndim >= 2 and bool(re.search(r"\.\d+\.", name)) and not re.search(r"norm|emb|bias", name)
+    """Whether a parameter is the weight of a layer in a numbered list of modules: no modulation, embedding, scale."""
+    layer = parameter.ndim >= 2 and re.search(r"\.\d+\.", name)
+    return bool(layer) and not re.search(r"norm|emb|bias|temperature", name)
 
 
 def load_start(network: nn.Module, run: Run) -> nn.Module:
