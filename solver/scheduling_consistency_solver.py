@@ -462,10 +462,12 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         _require("inputs", config.inputs, POLICY_INPUTS)
         if config.trained_betas is None:
             _require("beta_schedule", config.beta_schedule, BETA_SCHEDULES)
-        if config.solver_order < 1:
-            raise ValueError(f"The order must be 1 or more, got {config.solver_order}.")
-        if config.num_bins < 2:
-            raise ValueError(f"num_bins must be 2 or more, got {config.num_bins}.")
+        for name, lowest in (("solver_order", 1), ("num_bins", 2), ("hidden_dim", 1), ("num_train_timesteps", 1)):
+            if not isinstance(config[name], int) or config[name] < lowest:
+                raise ValueError(f"{name}={config[name]!r} must be a whole number of {lowest} or more.")
+        for name in ("weight_bound", "grid_bound"):
+            if not 0 <= config[name] < math.inf:
+                raise ValueError(f"{name}={config[name]} must be a finite number of 0 or more.")
         if self.is_flow != (config.grid == "flow" or config.use_flow_sigmas):
             raise ValueError(
                 f"prediction_type={config.prediction_type!r} does not go with grid={config.grid!r}, "
@@ -636,14 +638,18 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
             timesteps `(K,)` and the `Grid`, float64.
 
         Raises:
-            ValueError: if the number of steps is unknown, contradictory, below 1 or above `num_train_timesteps`, or if
-                the noise does not fall from point to point.
+            ValueError: if the number of steps is unknown, contradictory, not whole, below 1 or above
+                `num_train_timesteps`, or if the noise does not fall from point to point.
         """
         steps = self._number_of_steps(num_inference_steps, sigmas, timesteps)
         base = self._flow_base_grid if self.is_flow else self._diffusion_base_grid
         t, grid = base(steps, sigmas, timesteps, mu)
-        if not (grid.s.diff() <= 0).all():
-            raise ValueError(f"The noise must fall from point to point; got sigmas {grid.s.tolist()}.")
+        most, between = 1 if self.is_flow else math.inf, grid.s[1:-1]
+        if not (grid.s.diff() <= 0).all() or grid.s[0] > most or not ((between > 0) & (between < most)).all():
+            raise ValueError(
+                f"The noise must fall from point to point, from {most} or less, and be 0 at the end only; got sigmas "
+                f"{grid.s.tolist()}."
+            )
         return t, grid
 
     def _diffusion_base_grid(self, steps, sigmas, timesteps, mu) -> tuple[Tensor, Grid]:
@@ -675,7 +681,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         if len(counts) != 1:
             raise ValueError(f"The number of steps must be given once, or without contradiction; got {given}.")
         steps = counts.pop()
-        if not 1 <= steps <= self.config.num_train_timesteps:
+        if steps != int(steps) or not 1 <= steps <= self.config.num_train_timesteps:
             raise ValueError(f"The number of steps must be 1 .. {self.config.num_train_timesteps}, got {steps}.")
         return steps
 
@@ -1102,6 +1108,10 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         path = str(pretrained_model_name_or_path)
         try:
             scheduler, unused = super().from_pretrained(path, subfolder=subfolder, return_unused_kwargs=True, **kwargs)
+        except OSError as error:
+            if os.path.exists(path):
+                raise
+            raise OSError(f"solver {path!r} is no solver folder here, and none on the hub or in its cache.") from error
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             where = os.path.join(path, subfolder or "")
             raise ValueError(f"The configuration of the solver in {where} is of no use: {error}") from error

@@ -694,7 +694,7 @@ def test_extreme_numbers_of_steps(name, steps):
     assert (ours.sigmas.diff() <= 0).all()
 
 
-@pytest.mark.parametrize("steps", [0, -1, 1001])
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5])
 def test_impossible_numbers_of_steps(steps):
     with pytest.raises(ValueError, match=f"got {steps}"):
         solver().set_timesteps(steps)
@@ -712,7 +712,14 @@ def test_impossible_numbers_of_steps(steps):
         {"inputs": "text"},
         {"grid": "lms"},
         {"solver_order": 0},
+        {"solver_order": 2.5},
+        {"solver_order": "4"},
         {"num_bins": 1},
+        {"hidden_dim": 0},
+        {"num_train_timesteps": 0},
+        {"weight_bound": -1},
+        {"weight_bound": math.inf},
+        {"grid_bound": math.nan},
         {"prediction_type": "flow_prediction"},
     ],
 )
@@ -735,6 +742,13 @@ def test_wrong_configuration(wrong):
 def test_unsupported_schedulers_are_refused_by_name(stock, word):
     with pytest.raises(ValueError, match=word):
         solver(stock)
+
+
+@pytest.mark.parametrize("sigmas", [[1, 0.5, 0], [1, 1], [2, 1], [1, math.nan], [0.1, 0.5]])
+def test_a_flow_grid_that_has_no_log_snr(sigmas):
+    """A second 0 or 1 would make the learned grid NaN, and the picture black."""
+    with pytest.raises(ValueError, match="must fall from point to point, from 1 or less"):
+        solver(SCHEDULERS["flow"]).set_timesteps(sigmas=sigmas)
 
 
 def test_misuse_is_told():

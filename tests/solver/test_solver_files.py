@@ -62,6 +62,8 @@ def test_load_from_a_subfolder(tmp_path):
 
 
 def test_missing_files_are_an_error_never_an_untrained_solver(tmp_path):
+    with pytest.raises(OSError, match="solver 'no/solver' is no solver folder here"):
+        ConsistencySolverScheduler.from_pretrained("no/solver")
     with pytest.raises(OSError, match=r"scheduler_config\.json"):
         ConsistencySolverScheduler.from_pretrained(tmp_path)
     trained().save_config(tmp_path)
@@ -107,7 +109,7 @@ def test_damaged_weights_name_their_file(damage, tmp_path):
     [
         ({"solver_order": 6}, r"baked for 4 steps has weights \(4, 4\), expected \(4, 6\)"),
         ({"solver_order": 3}, "4 weights a step, but solver_order is 3"),
-        ({"solver_order": "four"}, "'str'"),
+        ({"solver_order": "four"}, "solver_order='four' must be a whole number"),
         ({"coefficients": {"4": {"weights": [[1.0]]}}}, "timesteps"),
         (
             {"coefficients": {"2": {"timesteps": [1, 0], "sigmas": [1, 0], "weights": [[1]] * 2}}},
