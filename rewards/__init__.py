@@ -41,7 +41,7 @@ def load_reward(
         ValueError: there is no such reward, or `model` is of the wrong kind.
         OSError: `model` is missing or incomplete.
     """
-    path = REWARDS.get(name, name)
+    path = REWARDS.get(name, str(name))
     module, _, attribute = path.rpartition(".")
     if not module:
         raise ValueError(
@@ -53,4 +53,6 @@ def load_reward(
         raise ValueError(
             f"reward {name!r} cannot be imported: {error}. The short names are {', '.join(REWARDS)}."
         ) from error
+    if not callable(reward_class):
+        raise ValueError(f"reward {name!r} is no class. The short names are {', '.join(REWARDS)}.")
     return reward_class(model=model, device=device, dtype=dtype)

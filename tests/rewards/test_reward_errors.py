@@ -47,7 +47,7 @@ def test_targets():
         pixels(IMAGES, target_images=IMAGES[:, :, :8, :8])
 
 
-@pytest.mark.parametrize("name", ["dept", "", "rewards.depth.Depth", "nowhere.Reward"])
+@pytest.mark.parametrize("name", ["dept", "", "rewards.depth.Depth", "nowhere.Reward", "os.path", None, 3])
 def test_unknown_names(name):
     with pytest.raises(ValueError, match="depth, dino, clip, segmentation, inception, pixels"):
         load_reward(name)
