@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 TIME_CHANNELS = 256  # of the sinusoidal embedding of the timestep
+LARGEST_SIDE = 2**16  # of a picture, in pixels: no device holds a larger one
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,15 @@ def image_tokens(network: Network, height: int, width: int, frames: int = 1) -> 
     """Tokens of an image or a video.
 
     Raises:
-        ValueError: the size does not divide into tokens, or the frames into groups.
+        ValueError: the size does not divide into tokens, the frames into groups, or an image is asked for frames.
     """
-    if height % network.pixels or width % network.pixels or height <= 0 or width <= 0:
-        raise ValueError(f"height={height}, width={width}: expected positive multiples of {network.pixels} pixels.")
+    if not all(0 < side <= LARGEST_SIDE and side % network.pixels == 0 for side in (height, width)):
+        raise ValueError(
+            f"height={height}, width={width}: expected positive multiples of {network.pixels} pixels, at most "
+            f"{LARGEST_SIDE}."
+        )
+    if network.frames == 1 and frames != 1:
+        raise ValueError(f"frames={frames}: this model makes images; leave them out.")
     if frames < 1 or (frames - 1) % network.frames:
         raise ValueError(f"frames={frames}: expected 1 more than a multiple of {network.frames}.")
     return (height // network.pixels) * (width // network.pixels) * (1 + (frames - 1) // network.frames)

@@ -11,8 +11,9 @@ HunyuanVideo; others raise.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 from diffusers import (
@@ -24,6 +25,8 @@ from diffusers import (
     DiffusionPipeline,
 )
 from diffusers.utils.torch_utils import get_module_execution_device
+
+from solver.samplers.cost import LARGEST_SIDE
 
 IMAGE_VAES = (AutoencoderKL, AutoencoderTiny, AutoencoderKLQwenImage)
 VIDEO_VAES = (AutoencoderKLWan, AutoencoderKLHunyuanVideo)
@@ -97,8 +100,11 @@ def latent_shape(
     height = default_size(pipe)[0] if height is None else height
     width = default_size(pipe)[1] if width is None else width
     multiple = vae_factor(pipe) * patch_size(pipe)
-    if height < 1 or width < 1 or height % multiple or width % multiple:
-        raise ValueError(f"height={height}, width={width}: {type(pipe).__name__} needs multiples of {multiple}.")
+    if not all(0 < side <= LARGEST_SIDE and side % multiple == 0 for side in (height, width)):
+        raise ValueError(
+            f"height={height}, width={width}: {type(pipe).__name__} needs multiples of {multiple}, at most "
+            f"{LARGEST_SIDE}."
+        )
     channels = denoiser(pipe).config.in_channels // (4 if is_packed(pipe) else 1)
     size = (height // vae_factor(pipe), width // vae_factor(pipe))
     if not is_video(pipe):
@@ -124,11 +130,26 @@ def initial_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         float32 (B, C, H, W) on the CPU. Row b depends on `seeds[b]` and `shape` only.
 
     Raises:
-        ValueError: there are no seeds.
+        ValueError: there are no seeds, or one is no seed, as `seeded` says.
     """
     if not len(seeds):
         raise ValueError("initial_noise needs at least one seed, got none.")
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+    return torch.stack([torch.randn(*shape, generator=seeded(seed)) for seed in seeds])
+
+
+def as_seeds(seed: int | Iterable[int]) -> list[int]:
+    """One seed or several, as a list. Raises ValueError as `seeded`."""
+    seeds = list(seed) if isinstance(seed, Iterable) else [seed]
+    for one in seeds:
+        seeded(one)
+    return [int(one) for one in seeds]
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU. Raises ValueError unless the seed is a whole number of 64 bits, signed or not."""
+    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed!r}: expected a whole number of 64 bits.")
+    return torch.Generator().manual_seed(int(seed))
 
 
 def pack(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from solver.samplers.cost import LARGEST_SIDE
 from solver.samplers.hiflow.alignment import ACCELERATION_RULES
 
 ALIGNMENTS = ("none", "init", "init+direction", "full")  # the rows of the paper's ablation
@@ -264,8 +265,11 @@ def _check_sizes(sizes: Sequence[Size], multiple: int) -> list[tuple[int, int]]:
         raise ValueError(f"sizes={sizes!r}: expected a sequence such as (1024, 2048), the base size first.")
     pixels = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
     for height, width in pixels:
-        if height <= 0 or width <= 0 or height % multiple or width % multiple:
-            raise ValueError(f"size {height} x {width}: height and width have to be positive multiples of {multiple}.")
+        if not all(0 < side <= LARGEST_SIDE and side % multiple == 0 for side in (height, width)):
+            raise ValueError(
+                f"size {height} x {width}: height and width have to be positive multiples of {multiple}, at most "
+                f"{LARGEST_SIDE}."
+            )
     base_height, base_width = pixels[0]
     for i, (height, width) in enumerate(pixels[1:]):
         before = pixels[i]

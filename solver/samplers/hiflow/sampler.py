@@ -14,7 +14,6 @@ Source: arXiv 2504.06232; paper and public code disagree, `plan.PRESETS` has bot
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -41,7 +40,17 @@ from solver.samplers.hiflow.noise import (
 )
 from solver.samplers.hiflow.pixels import encode, tiled_where_needed
 from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, known_size, plan_stages
-from solver.samplers.latents import decode, default_size, denoiser, is_video, latent_shape, patch_size, vae_factor
+from solver.samplers.latents import (
+    as_seeds,
+    decode,
+    default_size,
+    denoiser,
+    is_video,
+    latent_shape,
+    patch_size,
+    seeded,
+    vae_factor,
+)
 
 OURS = (
     *("prompt", "latents", "height", "width", "num_inference_steps", "sigmas", "timesteps", "guidance_scale"),
@@ -152,7 +161,7 @@ def hiflow(
 def _cascade(run: "_Run", stages: list[Stage], start: Tensor | None, smaller: HiFlowResult | None) -> HiFlowResult:
     """All stages; from the second on where the first picture is given, and after those that were run before."""
     pipe = run.pipe
-    generators = [torch.Generator().manual_seed(seed) for seed in run.seeds]
+    generators = [seeded(seed) for seed in run.seeds]
     images, walked, reference, latents = [], [], None, None
     if start is not None:
         images, stages = [start], stages[1:]
@@ -251,7 +260,7 @@ class _Run:
             given = any(call.get(f"negative_prompt{end}") is not None for end in ("", "_embeds"))
             call |= guidance(self.pipe, guidance_scale, () if given else [""] * len(self.seeds))
         # For what a pipeline draws by itself, such as the latents of a control image.
-        call["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        call["generator"] = [seeded(seed) for seed in self.seeds]
         if self.pipe.components.get("controlnet") is not None:
             for name in ("control_image", "image"):
                 if name in call:
@@ -308,7 +317,7 @@ def _picture_call(pipe, prompt, seed, call: dict) -> tuple[dict, list[int]]:
         raise ValueError(f"call has {', '.join(unknown)}, which {type(pipe).__name__} does not take.")
     if call.get("eta"):
         raise ValueError(f"eta={call['eta']}: HiFlow's stages are deterministic, leave it out.")
-    seeds = [int(seed)] if isinstance(seed, Integral) else [int(one) for one in seed]
+    seeds = as_seeds(seed)
     if prompt is None:
         if call.get("prompt_embeds") is None:
             raise ValueError("There is neither a prompt nor prompt_embeds in call.")

@@ -21,7 +21,16 @@ from diffusers import DiffusionPipeline, SchedulerMixin, TaylorSeerCacheConfig
 from torch import Tensor
 
 from solver.samplers.cascade import Segment, fresh_copy, number_of_pictures, require_flow, run_segment
-from solver.samplers.latents import decode, default_size, denoiser, latent_shape, patch_size, vae_factor
+from solver.samplers.latents import (
+    as_seeds,
+    decode,
+    default_size,
+    denoiser,
+    latent_shape,
+    patch_size,
+    seeded,
+    vae_factor,
+)
 from solver.samplers.ralu.edges import LUMA, canny_scores, number_of_fine, select, sobel_scores
 from solver.samplers.ralu.mixed_resolution import ANCHORS, UNITS, mixed_resolution, require_mixable
 from solver.samplers.ralu.noise import COPIES, enlarge, injected_noise, on_grid, reduce, white_noise
@@ -226,8 +235,7 @@ def prepare(pipe, prompt, seed, height=None, width=None, call: dict | None = Non
             f"height={height}, width={width}: RALU needs positive multiples of {multiple}, twice a token."
         )
     call, seeds = _picture_call(prompt, seed, dict(call or {}))
-    generators = [torch.Generator().manual_seed(int(one)) for one in seeds]
-    return Run(pipe, encoded(pipe, call), height, width, generators)
+    return Run(pipe, encoded(pipe, call), height, width, [seeded(one) for one in seeds])
 
 
 def fine_cells(run: Run, x0_BChw: Tensor, ratio: float, choices: Choices) -> Tensor:
@@ -260,7 +268,7 @@ def _picture_call(prompt, seed, call: dict) -> tuple[dict, list[int]]:
     if prompt is not None:
         call["prompt"] = [prompt] if isinstance(prompt, str) else list(prompt)
     pictures = number_of_pictures(call)
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    seeds = as_seeds(seed)
     if len(seeds) != pictures or not pictures:
         raise ValueError(f"{pictures} prompts and {len(seeds)} seeds: expected one seed a prompt, and at least one.")
     return call, seeds

@@ -580,7 +580,7 @@ def test_bad_input_is_refused_before_anything_runs():
         ("takes no image", {"image": image, "alignment": "none"}),
         ("give its own size and a larger one", {"image": image, "sizes": (32,)}),
         ("preset='codes'", {"preset": "codes"}),
-        (r"needs about .* GiB on cpu.*enable_model_cpu_offload", {"sizes": (32, 2**17)}),
+        (r"needs about .* GiB on cpu.*enable_model_cpu_offload", {"sizes": (32, 2**16)}),
     ]
     for message, changes in cases:
         given = {"prompt": None, "seed": 1, "sizes": (32, 64), "preset": CODE, "call": call, **changes}

@@ -2,14 +2,17 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from tiny_pipelines import FAMILIES, run, tiny_pipeline
 
 from solver.samplers.latents import (
+    as_seeds,
     decode,
     default_size,
     denoiser,
+    initial_noise,
     is_packed,
     is_video,
     latent_shape,
@@ -49,9 +52,19 @@ def test_sizes(family):
     assert (vae_factor(pipe), patch_size(pipe)) == (factor, patch)
     expected = (channels, *([frames] if frames else []), HEIGHT // factor, WIDTH // factor)
     assert shape_of(pipe) == expected
-    wrong = WIDTH + factor * patch // 2
-    with pytest.raises(ValueError, match=f"width={wrong}.*multiples of {factor * patch}"):
-        latent_shape(pipe, HEIGHT, wrong)
+    for wrong in (WIDTH + factor * patch // 2, 0, -WIDTH, 2**20):
+        with pytest.raises(ValueError, match=f"width={wrong}.*multiples of {factor * patch}, at most 65536"):
+            latent_shape(pipe, HEIGHT, wrong)
+
+
+def test_seeds_have_64_bits():
+    assert len(initial_noise([-(2**63), 2**64 - 1, np.int64(7)], (1, 2, 2)).unique()) == 12
+    for wrong in (2**64, -(2**63) - 1, 1.5, "7", None):
+        with pytest.raises(ValueError, match=f"seed={wrong!r}: expected a whole number of 64 bits"):
+            initial_noise([7, wrong], (1, 2, 2))
+        with pytest.raises(ValueError, match=f"seed={wrong!r}: expected"):
+            as_seeds([7, wrong])
+    assert as_seeds(np.int64(7)) == as_seeds([7]) == as_seeds(np.array([7])) == [7]
 
 
 def test_what_each_accepts(family):
