@@ -1,5 +1,6 @@
 """What can be chosen about a preview, what it costs, and the grid of its small part."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,8 +83,8 @@ class PreviewOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, values))}.")
         for name in ("switch", "guided_steps"):  # fractions become steps
             value = getattr(self, name)
-            steps = round(value * self.num_inference_steps) if isinstance(value, float) and value < 1 else value
-            if steps != int(steps):
+            steps = round(value * self.num_inference_steps) if isinstance(value, float) and 0 < value < 1 else value
+            if not math.isfinite(steps) or steps != int(steps):
                 raise ValueError(f"{name}={value}: expected a whole number of steps, or a fraction below 1.")
             object.__setattr__(self, name, int(steps))
         self._check_steps()
@@ -91,8 +92,8 @@ class PreviewOptions:
             raise ValueError(f"corrections={self.corrections}: expected 1, or more with reevaluate=True.")
         if self.scale < 2:
             raise ValueError(f"scale={self.scale}: expected 2 or more.")
-        if self.strength < 0:
-            raise ValueError(f"alpha={self.alpha}, kappa={self.kappa}: expected a strength of at least 0.")
+        if not 0 <= self.strength < math.inf:
+            raise ValueError(f"alpha={self.alpha}, kappa={self.kappa}: expected a finite strength of at least 0.")
         if self.method == "subsample" and self.gain is not None:
             raise ValueError("gain: only method='mean' has one.")
         if self.target == "extrapolated" and self.switch < 1:

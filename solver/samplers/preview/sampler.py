@@ -4,7 +4,7 @@ Shape suffixes: B pictures, K candidates; latents are (B, C, H, W), of videos (B
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from solver.samplers.cascade import (
     sigma_grid,
 )
 from solver.samplers.latents import (
+    as_seeds,
     decode,
     default_size,
     denoiser,
@@ -128,11 +129,12 @@ def preview(
         their checkpoints, refined together, are the uninterrupted run of that batch.
 
     Raises:
-        ValueError: a size that does not shrink by the factor into whole tokens, as many seeds as not prompts, a model
-            that is no flow model, an option the model does not have, a cache that is on already.
+        ValueError: a size that does not shrink by the factor into whole tokens, a seed beyond 64 bits, another number
+            of seeds than of prompts, a model that is no flow model, an option the model does not have, a cache that is
+            on already, pixels that are not finite.
     """
     options = options or PreviewOptions()
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    seeds = as_seeds(seed)
     call = {"prompt": prompt, **call} if prompt is not None else call
     if number_of_pictures(call) != len(seeds):
         raise ValueError(f"{len(seeds)} seeds for {number_of_pictures(call)} prompts: expected one seed a prompt.")
@@ -149,7 +151,7 @@ def preview(
         Preview(images[b], small[b], _checkpoint(run, state, made_by, b), _row_of_report(run, b))
         for b in range(len(seeds))
     ]
-    return previews[0] if isinstance(seed, int) else previews
+    return previews if isinstance(seed, Iterable) else previews[0]
 
 
 @torch.no_grad()
@@ -178,7 +180,7 @@ def refine(
 
     Raises:
         ValueError: the checkpoint is of another pipeline, other weights or another scheduler, needs an argument that
-            is not given, or the checkpoints are of different runs.
+            is not given, the checkpoints are of different runs, or pixels are not finite.
     """
     several = not isinstance(checkpoint, Checkpoint)
     checkpoints = list(checkpoint) if several else [checkpoint]
@@ -207,7 +209,13 @@ def refine(
 
 
 def to_pil(pipe: DiffusionPipeline, pictures: Tensor) -> list:
-    """What `decode` answers as PIL pictures; of videos, a list of frames each."""
+    """What `decode` answers as PIL pictures; of videos, a list of frames each.
+
+    Raises:
+        ValueError: a pixel is NaN or infinite, and would be black.
+    """
+    if not pictures.isfinite().all():
+        raise ValueError("The picture has NaN or infinite pixels: take a smaller kappa or alpha, or float32.")
     if is_video(pipe):
         return [to_frames(pipe.video_processor, video) for video in pictures]
     return to_frames(pipe.image_processor, pictures)
