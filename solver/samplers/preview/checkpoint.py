@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from solver.samplers.digest import tensors_digest, weights_digest
 from solver.samplers.latents import denoiser
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler
 
-FORMAT = 1
+FORMAT = 2
 # What a solver remembers from step to step. `_step_index` is set anew.
 HISTORY = {
     "FlowMatchEulerDiscreteScheduler": (),
@@ -73,7 +74,7 @@ class Checkpoint:
         tensors["latents"] = texts.pop("latents")
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         texts["call"] = {name: value for name, value in self.call.items() if not isinstance(value, Tensor)}
-        texts["tensors"] = tensors_digest(tensors)
+        texts["digest"] = _digest(texts, tensors)
         save_file(tensors, path.with_suffix(".safetensors"))
         path.with_suffix(".json").write_text(json.dumps(texts, indent=1) + "\n")
 
@@ -83,16 +84,19 @@ class Checkpoint:
 
         Raises:
             OSError: a file is missing.
-            ValueError: it is no checkpoint, of another format, or the two files do not belong together.
+            ValueError: it is no checkpoint, of another format, or one of the two files is not what was written.
         """
         path = Path(path)
-        texts = json.loads(path.with_suffix(".json").read_text())
-        if not isinstance(texts, dict) or texts.get("format") != FORMAT:
-            found = texts.get("format") if isinstance(texts, dict) else None
+        try:
+            texts = json.loads(path.with_suffix(".json").read_text())
+            tensors = load_file(path.with_suffix(".safetensors"))
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{path}: no checkpoint that can be read ({error}); make the preview again.") from error
+        found = texts.get("format") if isinstance(texts, dict) else None
+        if found != FORMAT:
             raise ValueError(f"{path}: checkpoint of format {found}, expected {FORMAT}; make the preview again.")
-        tensors = load_file(path.with_suffix(".safetensors"))
-        if texts.pop("tensors") != tensors_digest(tensors):
-            raise ValueError(f"{path}: the .json and the .safetensors are of two checkpoints; make the preview again.")
+        if texts.pop("digest", None) != _digest(texts, tensors):
+            raise ValueError(f"{path}: the .json or the .safetensors was changed since; make the preview again.")
         history = {name.removeprefix("history."): x for name, x in tensors.items() if name.startswith("history.")}
         texts["call"] |= {name.removeprefix("call."): x for name, x in tensors.items() if name.startswith("call.")}
         return cls(**texts, latents=tensors["latents"], history=history)
@@ -113,6 +117,11 @@ class Checkpoint:
                 f"The checkpoint's run has the sigmas {self.sigmas[:3]} ..., the pipeline now makes "
                 f"{sigmas[:3].tolist()} ...; give it the scheduler that it had."
             )
+
+
+def _digest(texts: Mapping, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of both files' contents."""
+    return hashlib.sha256((json.dumps(texts, sort_keys=True) + tensors_digest(tensors)).encode()).hexdigest()
 
 
 def fingerprint(pipe: DiffusionPipeline) -> dict:

@@ -390,14 +390,22 @@ def test_bad_input(tmp_path):
     )
     shown.checkpoint.save(tmp_path / "one")
     text = (tmp_path / "one.json").read_text()
-    (tmp_path / "one.json").write_text(text.replace('"format": 1', '"format": 9'))
-    with pytest.raises(ValueError, match="format 9, expected 1"):
+    (tmp_path / "one.json").write_text(text.replace('"format": 2', '"format": 9'))
+    with pytest.raises(ValueError, match="format 9, expected 2"):
         Checkpoint.load(tmp_path / "one")
+    for wrong in ("", "{", text.replace('"next_step": ', '"next_step": 1'), text.replace('"seed": 7', '"seed": 8')):
+        (tmp_path / "one.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"one: .*make the preview again"):
+            Checkpoint.load(tmp_path / "one")
     (tmp_path / "one.json").write_text(text)
+    assert Checkpoint.load(tmp_path / "one").seed == 7
     other = preview(sd3, None, 8, OPTIONS, **IMAGE, **sd3_call).checkpoint
     other.save(tmp_path / "two")
     (tmp_path / "two.safetensors").replace(tmp_path / "one.safetensors")
-    with pytest.raises(ValueError, match="of two checkpoints"):
+    with pytest.raises(ValueError, match="was changed since"):
+        Checkpoint.load(tmp_path / "one")
+    (tmp_path / "one.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint that can be read"):
         Checkpoint.load(tmp_path / "one")
     with pytest.raises(OSError):
         Checkpoint.load(tmp_path / "none")
