@@ -187,7 +187,7 @@ def solve(
     """
     steps, ends = tuple(steps), tuple(float(end) for end in ends)
     check_stages(steps, ends, ratio)
-    if not shift > 0:
+    if not 0 < shift < math.inf:
         raise ValueError(f"shift={shift}: expected a positive number.")
     if slack < 0 or Z_max < Z_MIN:
         raise ValueError(f"slack={slack}, Z_max={Z_max}: expected at least 0 and {Z_MIN}.")

@@ -1,5 +1,7 @@
 """Stages, grids and NT-matching against the published numbers and against what they are derived from."""
 
+import math
+
 import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -149,6 +151,7 @@ def test_shift_that_the_scheduler_really_uses():
         ({"ratio": 0.0}, "ratio=0.0"),
         ({"ratio": 1.0}, "ratio=1.0"),
         ({"shift": -1.0}, "shift=-1.0"),
+        ({"shift": math.inf}, "shift=inf"),
     ],
 )
 def test_bad_stages(change, message):
