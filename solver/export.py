@@ -164,10 +164,16 @@ def _copy_pipeline(model: str | None, baked, output: Path) -> None:
 
     if model is None:
         raise ValueError("A pipeline export needs --model, the pipeline that the solver was trained on.")
-    folder = Path(model) if Path(model).is_dir() else Path(diffusers.DiffusionPipeline.download(model))
+    try:
+        folder = Path(model) if Path(model).is_dir() else Path(diffusers.DiffusionPipeline.download(model))
+    except OSError as error:
+        raise OSError(f"model {model!r} is no pipeline folder here, and none on the hub or in its cache.") from error
     if not (folder / "model_index.json").is_file():
         raise OSError(f"{model!r} is no pipeline: it has no model_index.json.")
-    index = json.loads((folder / "model_index.json").read_text())
+    try:
+        index = dict(json.loads((folder / "model_index.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{model!r} is no pipeline: its model_index.json cannot be read: {error}.") from error
     name = index.get("scheduler", [None, None])[1]
     if not hasattr(diffusers, name or ""):
         raise ValueError(f"{model!r} has the scheduler {name}, which is none of diffusers; use the original pipeline.")

@@ -230,7 +230,11 @@ def test_errors_name_what_is_wrong(folder, tmp_path):
     DDIMScheduler(beta_schedule="linear").save_pretrained(tmp_path / "stock")
     with pytest.raises(ValueError, match="from_scheduler"):
         main([str(tmp_path / "stock"), "--to", "solver", out])
-    with pytest.raises(OSError, match=r"scheduler_config\.json"):
+    for text in ("{", "[1]", "3"):
+        (tmp_path / "model_index.json").write_text(text)
+        with pytest.raises(ValueError, match=r"is no pipeline: its model_index\.json cannot be read"):
+            main([str(folder / "solver"), "--to", "pipeline", out, "--model", str(tmp_path), "--steps", "3"])
+    with pytest.raises(OSError, match="nothing' is no solver folder here"):
         main([str(tmp_path / "nothing"), "--to", "solver", out])
     ConsistencySolverScheduler.from_pretrained(folder / "solver").save_config(tmp_path / "weightless")
     with pytest.raises(OSError, match="weights of the solver are missing"):
