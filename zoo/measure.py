@@ -360,11 +360,15 @@ MEASURES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="*", choices=[[], *MEASURES], default=list(MEASURES))
+    parser = argparse.ArgumentParser(prog="python -m zoo.measure", description=__doc__.split("\n")[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MEASURES)}; all by default")
     parser.add_argument("--captions", type=int, default=500, help="held-out ones, of the pipelines")
     given = parser.parse_args()
-    for name in given.models:
+    if unknown := [name for name in given.models if name not in MEASURES]:
+        parser.error(f"{unknown[0]!r}: expected some of {', '.join(MEASURES)}.")
+    if given.captions < 1:
+        parser.error(f"--captions {given.captions}: expected at least 1.")
+    for name in given.models or MEASURES:
         count = {"count": given.captions} if name.startswith("mini") else {}
         metrics = MEASURES[name](**count)
         metrics = {key: round(value, 4) if isinstance(value, float) else value for key, value in metrics.items()}

@@ -230,6 +230,15 @@ def test_every_third_batch_of_the_autoencoder_is_large():
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("words", ["mini-sd nothing", "mini-sd --captions 0"])
+def test_what_cannot_be_measured_leaves_the_numbers_alone(words, monkeypatch):
+    monkeypatch.setattr(measure, "MEASURES", dict.fromkeys(measure.MEASURES))
+    monkeypatch.setattr("sys.argv", ["measure.py", *words.split()])
+    with pytest.raises(SystemExit) as stopped:
+        measure.main()
+    assert stopped.value.code == 2
+
+
 def test_the_measure_runs_and_the_card_says_it(tmp_path, monkeypatch):
     """A whole zoo of one untrained model, with two steps."""
     for name in ("segmentation", "mini-flux"):
