@@ -10,10 +10,10 @@
 """
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
-from evaluation.commands import check_steps
+from evaluation.commands import check_output, check_steps
 from evaluation.config import check_guidance
 
 
@@ -55,7 +55,10 @@ def run(given: Namespace) -> Path | str:
     if given.steps is not None:
         recipe = with_steps(recipe, given.steps)
     tuples = {name: getattr(given, name) for name in ("stage_steps", "tau", "cutoff", "alpha", "beta")}
-    tuples = {name: value and tuple(value) for name, value in tuples.items()}
+    tuples = {name: tuple(values) for name, values in tuples.items() if values}
+    for name, values in tuples.items():
+        if len(values) >= len(given.sizes):
+            raise ValueError(f"--{name} {values}: expected at most {len(given.sizes) - 1}, one a larger stage.")
     recipe = with_changes(recipe, **tuples, start=given.start, acceleration=given.acceleration)
     guidance = given.guidance_scale
     guidance = guidance[0] if guidance and len(guidance) == 1 else guidance
@@ -70,6 +73,7 @@ def run(given: Namespace) -> Path | str:
 def _render(given: Namespace, recipe, guidance) -> Path:
     if missing := [f"--{key}" for key in ("model", "prompt", "seed", "output") if getattr(given, key) is None]:
         raise ValueError(f"{', '.join(missing)}: needed to render. --explain needs none of them.")
+    check_output(given.output)
     from PIL import Image
 
     from evaluation.rendering import load_pipeline
@@ -77,6 +81,7 @@ def _render(given: Namespace, recipe, guidance) -> Path:
     from solver.samplers.calls import text_length
     from solver.samplers.hiflow.sampler import hiflow
 
+    image = Image.open(given.image) if given.image else None
     pipe = load_pipeline(given.model, given.dtype, given.device)
     result = hiflow(
         pipe,
@@ -84,7 +89,7 @@ def _render(given: Namespace, recipe, guidance) -> Path:
         given.seed,
         given.sizes,
         recipe,
-        image=Image.open(given.image) if given.image else None,
+        image=image,
         guidance_scale=guidance,
         alignment=given.alignment,
         call=text_length(pipe),
@@ -101,5 +106,7 @@ def _render(given: Namespace, recipe, guidance) -> Path:
 
 
 def _size(text: str) -> int | tuple[int, int]:
-    height, _, width = text.partition("x")
-    return (int(height), int(width)) if width else int(height)
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise ArgumentTypeError(f"{text!r}: expected pixels, or HEIGHTxWIDTH.")
+    return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))

@@ -124,6 +124,7 @@ BAD = {
     "ascend": {"sizes": (2048, 1024)},
     "1024 x 1024 comes after": {"sizes": (1024, 1024)},
     "multiples of 16": {"sizes": (1024, 2040)},
+    "at most 65536": {"sizes": (1024, 2**20)},
     "proportions": {"sizes": ((1024, 1024), (2048, 1024))},
     "expected a sequence": {"sizes": 1024},
     "sizes=": {"sizes": ()},
@@ -180,6 +181,15 @@ def test_the_command_explains(capsys):
     assert "1536 x 2048    15" in table and "GiB" in table
     with pytest.raises(ValueError, match="--model, --prompt, --seed, --output"):
         sample.main(["hiflow"])
+    with pytest.raises(ValueError, match=r"--cutoff \(0.1, 0.2, 0.3\): expected at most 2, one a larger stage"):
+        sample.main(["hiflow", "--explain", "--cutoff", "0.1", "0.2", "0.3"])
+
+
+@pytest.mark.parametrize("size", ["1024x", "x1024", "-1024", "1024x1024x3", "1e3", "inf"])
+def test_a_size_is_pixels(size, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["hiflow", "--explain", f"--sizes={size}"])
+    assert stopped.value.code == 2 and f"{size!r}: expected pixels, or HEIGHTxWIDTH." in capsys.readouterr().err
 
 
 def test_the_command_renders_with_the_length_and_the_guidance_that_the_model_knows(tmp_path):
