@@ -22,6 +22,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from evaluation import solvers
+from evaluation.config import MOST_STEPS, is_step_count
 from evaluation.single import full_scheduler, sample
 from solver import ConsistencySolverScheduler
 from solver.samplers.calls import guidance, text_length
@@ -40,7 +42,6 @@ METHODS = {
 SMALL = ("half", "both")  # methods whose pictures are half as wide and high
 LEARNED = ("solver", "both")
 SWITCH, GUIDED = 1 / 3, 1 / 6  # shares of the full run: the paper's 10 and 5 of 30 steps
-MOST_STEPS = 1000
 OF_SAMPLE = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "height", "width", "image")
 
 
@@ -80,7 +81,7 @@ class Recipe:
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r}: expected one of {', '.join(METHODS)}.")
         for name in ("steps", "full_steps"):
-            if not 1 <= getattr(self, name) <= MOST_STEPS:
+            if not is_step_count(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 to {MOST_STEPS}.")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed}: expected a whole number of 64 bits.")
@@ -114,9 +115,7 @@ def load_solver(pipe: DiffusionPipeline, recipe: Recipe) -> ConsistencySolverSch
     """
     if recipe.method not in LEARNED:
         return None
-    solver = ConsistencySolverScheduler.from_pretrained(recipe.solver)
-    solver.check_compatible(pipe.scheduler)
-    return solver
+    return solvers.load_solver(recipe.solver, pipe.scheduler)
 
 
 @torch.no_grad()
