@@ -28,6 +28,8 @@ def main(args: list[str] | None = None) -> None:
     given = parser.parse_args(args)
     if given.waiting < 1:
         raise ValueError(f"--waiting {given.waiting}: expected at least 1.")
+    if given.port is not None and not 0 < given.port < 2**16:
+        raise ValueError(f"--port {given.port}: expected 1 to 65535.")
     try:
         from lighttable.page import serve
     except ModuleNotFoundError as error:

@@ -87,7 +87,8 @@ NO_STEPS = '{"guidance_scale":3,"steps":[0],"num_prompts":4}'
         ),
         ("sample.py", "refine --model zoo/none --prompt x --seed 1 --output OUT", "model 'zoo/none' is no pipeline"),
         ("sample.py", "refine --model zoo/none --prompt x --output OUT", "--seed: needed"),
-        ("solver/export.py", "runs/none --to solver OUT", "runs/none"),
+        ("solver/export.py", "runs/none --to solver OUT", "solver 'runs/none' is no solver folder here"),
+        ("app.py", "--model zoo/none --port 65536", "--port 65536: expected 1 to 65535"),
     ],
 )
 def test_errors_are_one_sentence(script, words, message, tmp_path, monkeypatch):
@@ -130,6 +131,7 @@ def test_preview_and_its_refinement(folder, tmp_path):
         "solver": str(folder / "solver"),
         "steps": "4",
         "guidance_scale": "5.0",
+        "dtype": "float32",
     }
 
     main(["refine", "--preview", str(preview), "--output", str(full), "--steps", "12"])
