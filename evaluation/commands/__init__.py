@@ -7,6 +7,7 @@ All modules are imported to parse, so whatever is heavy is imported inside `run`
 also why they are here and not in `solver`, which cannot be imported without torch.
 """
 
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,13 @@ def picture_facts(given: Namespace, remembered: dict | None = None) -> dict:
 def pipeline_class(facts: Mapping[str, object]) -> str | None:
     """Of diffusers, for a picture: the one that edits, or None for the model's own."""
     return "FluxKontextPipeline" if "image" in facts else None
+
+
+def check_output(path: Path) -> None:
+    """Raises OSError, before the work, where no file can be written. What is missing above it is not made yet."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        raise OSError(f"--output {path}: no file can be written there; name another.")
 
 
 def check_steps(*counts: int | None, option: str = "--steps") -> None:

@@ -15,7 +15,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from evaluation.commands import check_steps
+from evaluation.commands import check_output, check_steps
 from evaluation.config import check_guidance
 
 # option of `PreviewOptions` -> type of the flag; what it means is in that class
@@ -57,6 +57,8 @@ def run(given: Namespace) -> Path | str:
     """Writes the folder and answers the sheet's path, or answers the plan. Raises ValueError or OSError."""
     check_steps(given.steps)
     check_steps(given.small_steps, option="--small_steps")
+    if given.candidates < 1:
+        raise ValueError(f"--candidates {given.candidates}: expected at least 1.")
     for name in ("guidance_scale", "true_cfg_scale"):
         if getattr(given, name) is not None:
             check_guidance(f"--{name}", getattr(given, name))
@@ -78,13 +80,14 @@ def run(given: Namespace) -> Path | str:
 def _render(given: Namespace, options) -> Path:
     if missing := [f"--{key}" for key in ("model", "prompt", "seed", "output") if getattr(given, key) is None]:
         raise ValueError(f"{', '.join(missing)}: needed to make previews. --explain needs none of them.")
-    if given.candidates < 1:
-        raise ValueError(f"--candidates {given.candidates}: expected at least 1.")
+    check_output(given.output / "sheet.png")
     from evaluation.rendering import load_pipeline
     from evaluation.single import solver_scheduler
     from solver.samplers.calls import guidance, text_length
+    from solver.samplers.latents import as_seeds
     from solver.samplers.preview import preview
 
+    as_seeds((given.seed, given.seed + given.candidates - 1))  # raises before the work
     pipe = load_pipeline(given.model, given.dtype, given.device)
     call = text_length(pipe) | {name: getattr(given, name) for name in CALL if getattr(given, name) is not None}
     if "guidance_scale" in call:  # some take it under another name

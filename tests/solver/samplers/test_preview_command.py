@@ -56,6 +56,10 @@ def test_errors(model, folder, tmp_path):
         main(["refine", "--preview", str(folder), "--pick", "2", "--steps", "9", *out])
     with pytest.raises(ValueError, match="--pick 2: --preview must be a folder"):
         main(["refine", "--preview", str(folder / "1.png"), "--pick", "2", *out])
+    with pytest.raises(ValueError, match=f"seed={2**64}: expected a whole number of 64 bits"):
+        main(["preview", "--model", "m", "--prompt", "x", "--seed", str(2**64 - 2), "--candidates", "3", *out])
+    with pytest.raises(ValueError, match="The picture has NaN or infinite pixels: take a smaller kappa"):
+        main(["preview", "--model", str(model), *out, *ARGUMENTS, *OPTIONS, "--kappa", "1e38"])
     with pytest.raises(ValueError, match="--candidates 0: expected at least 1"):
         main(["preview", "--model", "m", "--candidates", "0", *out, *ARGUMENTS])
     with pytest.raises(ValueError, match="--num_frames: not an argument of FluxPipeline"):

@@ -163,12 +163,17 @@ def test_fractions_are_steps():
         ({"switch": 30}, "switch=30: expected 0 to 29"),
         ({"switch": -1}, "switch=-1: expected 0 to 29"),
         ({"switch": 2.5}, "switch=2.5: expected a whole number of steps, or a fraction"),
+        ({"switch": -1.0}, "switch=-1: expected 0 to 29"),
+        ({"switch": math.inf}, "switch=inf: expected a whole number of steps"),
+        ({"guided_steps": math.nan}, "guided_steps=nan: expected a whole number of steps"),
         ({"guided_steps": 20}, "guided_steps=20: expected 0 to 19, the small steps after step 10"),
         ({"guided_steps": 6, "small_steps": 5}, "guided_steps=6: expected 0 to 4"),
         ({"num_inference_steps": 4, "switch": 1, "guided_steps": 1}, "distilled model of fewer than 5 has none"),
         ({"method": "nearest"}, "method='nearest': expected one of 'subsample', 'mean'"),
         ({"corrections": 2}, "corrections=2: expected 1, or more with reevaluate=True"),
-        ({"kappa": -1.0}, "expected a strength of at least 0"),
+        ({"kappa": -1.0}, "kappa=-1.0: expected a finite strength of at least 0"),
+        ({"kappa": math.nan}, "kappa=nan: expected a finite strength"),
+        ({"alpha": math.inf}, "alpha=inf, .*: expected a finite strength"),
         ({"gain": ((1.0,), (0.0,))}, "only method='mean' has one"),
         ({"target": "extrapolated", "switch": 0}, "needs the velocities of two steps"),
         ({"scale": 1}, "scale=1: expected 2 or more"),
@@ -238,6 +243,12 @@ def test_explain_on_the_command_line(capsys):
         main(["preview", "--explain", "--width", "1000", "--height", "1024"])
     with pytest.raises(ValueError, match="height=0, width=1024: expected positive"):
         main(["preview", "--explain", "--height", "0"])
+    with pytest.raises(ValueError, match=r"width=1048576: expected .* at most 65536"):
+        main(["preview", "--explain", "--width", "1048576"])
+    with pytest.raises(ValueError, match="frames=17: this model makes images"):
+        main(["preview", "--explain", "--num_frames", "17"])
+    with pytest.raises(ValueError, match="--candidates 0: expected at least 1"):
+        main(["preview", "--explain", "--candidates", "0"])
     with pytest.raises(ValueError, match="family 'none': expected one of flux"):
         main(["preview", "--explain", "--family", "none"])
     with pytest.raises(ValueError, match="--model, --prompt, --seed, --output: needed"):
