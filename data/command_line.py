@@ -1,6 +1,7 @@
 """What the command lines share: values of a config, and errors as one sentence instead of a traceback."""
 
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,11 +38,15 @@ def help_text(text: str, *configs: type, more: str = "") -> str:
 
 @contextmanager
 def errors_as_sentences(command: str) -> Iterator[None]:
-    """Ends the process with one line where what it was given is wrong: ValueError, OSError, ImportError."""
+    """Ends the process with one line where what it was given is wrong: ValueError, OSError, ImportError, no memory."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{command}: {' '.join(str(error).split())}")
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("out of memory|can't allocate memory", str(error)) and not isinstance(error, MemoryError):
+            raise
+        sys.exit(f"{command}: this does not fit into memory; take a smaller size or batch, or another --device.")
 
 
 def as_list(value: object) -> object:

@@ -181,7 +181,7 @@ def open_pipeline(model: str, dtype: torch.dtype = torch.float32, pipeline: str 
         raise OSError(f"model {model!r} is no pipeline folder here, and none on the hub or in its cache.") from error
     except ValueError as error:
         if pipeline is None:
-            raise
+            raise ValueError(f"model {model!r} does not open: {error}") from error
         raise ValueError(f"model {model!r} does not open as {pipeline}; it is made for another pipeline.") from error
     for part in map(pipe.components.get, ("unet", "vae")):
         if part is not None:

@@ -108,8 +108,8 @@ def to_picture(pipe: DiffusionPipeline, images_BCHW: torch.Tensor) -> Image.Imag
 
 
 def render_png(pipe: DiffusionPipeline, facts: Mapping[str, object], steps: int, path: Path, solver: str) -> Path:
-    """The picture of `facts` (what `sample` takes, and the model) in a PNG that remembers them, and the solver."""
-    of_picture = {key: value for key, value in facts.items() if key not in ("model", "image_sha256")}
+    """The picture of `facts` (what `sample` takes, model and dtype) in a PNG that remembers them, and the solver."""
+    of_picture = {key: value for key, value in facts.items() if key not in ("model", "image_sha256", "dtype")}
     image = sample(pipe, steps=steps, **of_picture)
     save_png(image, path, {**facts, "solver": solver, "steps": steps})
     return path

@@ -12,7 +12,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from evaluation.commands import check_steps, picture_facts
+from evaluation.commands import check_output, check_steps, picture_facts
 
 # --family: the network of the cost model, and the steps of its plain run
 PLAIN_STEPS = {
@@ -62,6 +62,7 @@ def run(given: Namespace) -> Path | str:
         return explain(given, schedule)
     if given.output is None:
         raise ValueError("--output: needed to render; --explain needs none.")
+    check_output(given.output)
     from evaluation.rendering import load_pipeline
     from evaluation.single import save_png, to_picture
     from solver.samplers.calls import guidance, text_length

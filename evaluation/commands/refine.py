@@ -12,7 +12,15 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from evaluation.commands import KEPT, add_picture_arguments, check_steps, picture_facts, pipeline_class
+from data.command_line import check_dtype
+from evaluation.commands import (
+    KEPT,
+    add_picture_arguments,
+    check_output,
+    check_steps,
+    picture_facts,
+    pipeline_class,
+)
 from evaluation.commands.preview import save_picture
 
 
@@ -28,6 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(given: Namespace) -> Path:
     """Writes the picture. Raises ValueError or OSError as `evaluation.single` and `refine` say."""
+    check_output(given.output)
     if given.preview and given.preview.is_dir():
         return _go_on(given)
     if given.pick is not None:
@@ -37,7 +46,7 @@ def run(given: Namespace) -> Path:
     from evaluation.rendering import load_pipeline
     from evaluation.single import full_scheduler, read_facts, render_png
 
-    facts = picture_facts(given, read_facts(given.preview, KEPT) if given.preview else None)
+    facts = picture_facts(given, read_facts(given.preview, KEPT) if given.preview else None) | {"dtype": given.dtype}
     pipe = load_pipeline(facts["model"], given.dtype, given.device, pipeline_class(facts))
     pipe.scheduler = full_scheduler(given.scheduler, pipe.scheduler)
     return render_png(pipe, facts, steps, given.output, solver=type(pipe.scheduler).__name__)
@@ -46,10 +55,10 @@ def run(given: Namespace) -> Path:
 def _go_on(given: Namespace) -> Path:
     """The picked run of a folder, from where it was left."""
     names = [name for name in (*KEPT, "scheduler", "steps") if name != "model"]
+    facts = _facts(given.preview)
     fixed = [name for name in names if getattr(given, name, None) is not None]
     if fixed:
         raise ValueError(f"--{fixed[0]}: the previews of {given.preview} are of a run that has begun; leave it out.")
-    facts = _facts(given.preview / "previews.json")
     total = len(facts["candidates"])
     pick = 1 if given.pick is None and total == 1 else given.pick
     if pick is None or not 1 <= pick <= total:
@@ -64,10 +73,17 @@ def _go_on(given: Namespace) -> Path:
     return save_picture(refine(pipe, checkpoint), given.output, facts)
 
 
-def _facts(path: Path) -> dict:
+def _facts(folder: Path) -> dict:
     """What `preview` wrote of its folder. Raises OSError or ValueError if it is not there, or something else."""
+    path = folder / "previews.json"
+    if not path.is_file():
+        raise OSError(f"--preview {folder}: there is no previews.json in it; name a folder of `sample.py preview`.")
     try:
         facts = json.loads(path.read_text())
-        return {name: facts[name] for name in ("model", "dtype", "prompt", "candidates")}
+        kinds = {"model": str, "dtype": str, "prompt": str, "candidates": list}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(facts[name], kind)]:
+            raise ValueError(f"{wrong[0]} is {facts[wrong[0]]!r}")
+        check_dtype(facts["dtype"])
+        return {name: facts[name] for name in kinds}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not what `sample.py preview` wrote: {error!r}.") from error

@@ -13,7 +13,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from data.command_line import DTYPES
-from evaluation.commands import pipeline_class
+from evaluation.commands import check_output, pipeline_class
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -35,6 +35,8 @@ def run(given: Namespace) -> str:
     from evaluation.rendering import load_pipeline
     from evaluation.single import save_png
 
+    path = given.output or given.picture.with_name(f"{given.picture.stem}_again.png")
+    check_output(path)
     then, facts = read(given.picture)
     recipe = recipe_of(facts, given.image)
     if given.solver and recipe.method in LEARNED:
@@ -48,7 +50,6 @@ def run(given: Namespace) -> str:
     learned = load_solver(pipe, recipe)
     again = make(pipe, recipe, learned).image
     now = remembered(pipe, recipe, surroundings(pipe, model, dtype, learned))
-    path = given.output or given.picture.with_name(f"{given.picture.stem}_again.png")
     save_png(again, path, now)
     return f"{path}: {compared(then, again, facts, now)}"
 

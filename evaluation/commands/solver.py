@@ -10,7 +10,7 @@ made; `refine --preview` reads them back.
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from evaluation.commands import add_picture_arguments, check_steps, picture_facts, pipeline_class
+from evaluation.commands import add_picture_arguments, check_output, check_steps, picture_facts, pipeline_class
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,11 +22,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(given: Namespace) -> Path:
     """Writes the picture. Raises ValueError or OSError as `evaluation.single` says."""
     check_steps(given.steps)
+    check_output(given.output)
     from evaluation.rendering import load_pipeline
     from evaluation.single import render_png, solver_scheduler
 
     facts = picture_facts(given)
     pipe = load_pipeline(facts["model"], given.dtype, given.device, pipeline_class(facts))
     pipe.scheduler = solver_scheduler(given.solver, pipe.scheduler, given.guidance_scale)
-    facts["guidance_scale"] = pipe.scheduler.guidance_scale
+    facts |= {"guidance_scale": pipe.scheduler.guidance_scale, "dtype": given.dtype}
     return render_png(pipe, facts, given.steps, given.output, solver=given.solver)

@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from trl import TrlParser
 
 import evaluate
 import sample
+from data.command_line import errors_as_sentences
 from evaluation.config import MOST_STEPS, EvaluationConfig
 from evaluation.contenders import extra
 from solver import ConsistencySolverScheduler
@@ -102,8 +104,41 @@ def test_guidance_that_is_no_number(tmp_path, command):
         sample.main([*command, *picture, "--guidance_scale", "nan"])
 
 
+@pytest.mark.parametrize("command", ["solver --solver none", "refine", "preview", "hiflow", "ralu", "remake x.png"])
+def test_where_no_file_can_be_written(tmp_path, command):
+    """Said before the model is opened, and nothing is left behind."""
+    (tmp_path / "file").write_text("")
+    picture = ["--model", "zoo/none", "--prompt", "x", "--seed", "1"] if "remake" not in command else []
+    for output in (tmp_path / "file" / "x.png", tmp_path / "file" / "new" / "x.png"):
+        with pytest.raises(OSError, match=f"--output {output}.*: no file can be written there"):
+            sample.main([*command.split(), *picture, "--output", str(output)])
+    with pytest.raises(OSError):
+        sample.main([*command.split(), *picture, "--output", str(tmp_path / "new" / "x.png")])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "does not fit into memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "does not fit into memory"),
+        (MemoryError(), "does not fit into memory"),
+        (ValueError("a\n  b"), "x.py: a b$"),
+    ],
+)
+def test_errors_that_are_sentences(error, message):
+    with pytest.raises(SystemExit, match=message), errors_as_sentences("x.py"):
+        raise error
+    with pytest.raises(RuntimeError, match="a bug"), errors_as_sentences("x.py"):
+        raise RuntimeError("a bug")
+
+
 def test_a_folder_that_holds_no_previews(tmp_path):
-    for text in ("{", "[]", '{"model": "x"}'):
+    with pytest.raises(OSError, match=r"there is no previews\.json in it"):
+        sample.main(["refine", "--preview", str(tmp_path), "--output", str(tmp_path / "full.png")])
+    good = {"model": "x", "dtype": "float32", "prompt": "x", "candidates": [{}]}
+    wrong = [json.dumps(good | change) for change in ({"candidates": 3}, {"dtype": "int8"}, {"model": None})]
+    for text in ("{", "[]", '{"model": "x"}', *wrong):
         (tmp_path / "previews.json").write_text(text)
         with pytest.raises(ValueError, match=r"previews\.json is not what `sample.py preview` wrote"):
             sample.main(["refine", "--preview", str(tmp_path), "--output", str(tmp_path / "full.png")])

@@ -28,6 +28,23 @@ def test_guidance_is_that_of_the_solver_unless_it_is_given(models, tmp_path):
         assert a.tobytes() == b.tobytes()
 
 
+def test_a_picture_remembers_its_dtype(models, tmp_path):
+    picture = ["--model", str(models / "sd"), "--prompt", "a red ring", "--seed", "7", "--steps", "3"]
+    path = tmp_path / "x.png"
+    for command in (["solver", "--solver", str(models / "solver")], ["refine"]):
+        main([*command, *picture, "--dtype", "bfloat16", "--device", "cpu", "--output", str(path)])
+        assert facts(path)["dtype"] == "bfloat16"
+        assert main(["remake", str(path), "--device", "cpu"]).endswith(": the same picture, bit for bit.")
+
+
+def test_names_of_nothing_are_named(models, tmp_path):
+    picture = ["solver", "--prompt", "x", "--seed", "7", "--output", str(tmp_path / "x.png"), "--device", "cpu"]
+    with pytest.raises(OSError, match="solver 'no/solver' is no solver folder here"):
+        main([*picture, "--model", str(models / "sd"), "--solver", "no/solver"])
+    with pytest.raises(ValueError, match="model '' does not open"):
+        main([*picture, "--model", "", "--solver", "no/solver"])
+
+
 def test_a_picture_of_nan_is_an_error(models, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(models / "sd")
     picture = torch.full((1, 3, 4, 4), 0.5)
