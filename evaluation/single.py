@@ -129,11 +129,17 @@ def read_facts(path: Path, names: Sequence[str]) -> dict:
 
     Raises:
         OSError: there is no such file, or it is no picture.
-        ValueError: the picture does not say how it was made.
+        ValueError: the picture is too large or broken, does not say how it was made, or says no numbers.
     """
-    with Image.open(path) as image:
-        text = image.text if image.format == "PNG" else {}
+    try:
+        with Image.open(path) as image:
+            text = image.text if image.format == "PNG" else {}
+    except (Image.DecompressionBombError, SyntaxError) as error:  # what PIL raises for a hostile or broken PNG
+        raise ValueError(f"{path} is no picture that can be read: {error}") from error
     facts = {name: text[PREFIX + name] for name in names if PREFIX + name in text}
     if not facts:
         raise ValueError(f"{path} does not say how it was made; give --model, --prompt and --seed.")
-    return {name: NUMBERS.get(name, str)(value) for name, value in facts.items()}
+    try:
+        return {name: NUMBERS.get(name, str)(value) for name, value in facts.items()}
+    except ValueError as error:
+        raise ValueError(f"{path} does not say how it was made: {error}.") from error

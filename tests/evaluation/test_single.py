@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from evaluation.rendering import NotFiniteError
-from evaluation.single import to_picture
+from evaluation.single import save_png, to_picture
 from sample import main
 from solver import ConsistencySolverScheduler
 
@@ -35,6 +35,16 @@ def test_a_picture_remembers_its_dtype(models, tmp_path):
         main([*command, *picture, "--dtype", "bfloat16", "--device", "cpu", "--output", str(path)])
         assert facts(path)["dtype"] == "bfloat16"
         assert main(["remake", str(path), "--device", "cpu"]).endswith(": the same picture, bit for bit.")
+
+
+def test_broken_pictures_are_sentences(tmp_path):
+    path, again = tmp_path / "x.png", ["--output", str(tmp_path / "y.png")]
+    save_png(Image.new("RGB", (4, 4)), path, {"model": "zoo/none", "prompt": "x", "seed": "seven"})
+    with pytest.raises(ValueError, match=r"x\.png does not say how it was made: .*'seven'"):
+        main(["refine", "--preview", str(path), *again])
+    path.write_bytes(path.read_bytes().replace(b"iTXt", b"\0\0\0\0", 1))
+    with pytest.raises((ValueError, OSError), match=r"x\.png"):
+        main(["refine", "--preview", str(path), *again])
 
 
 def test_names_of_nothing_are_named(models, tmp_path):
