@@ -24,8 +24,9 @@ FEWEST_STEPS = 5  # a distilled model of fewer has no velocity that stays nearly
 class PreviewOptions:
     """The knobs of a preview. Steps D and m are numbers of steps, or fractions of the run.
 
-    Defaults are the paper's where it says them (30 steps, D = 10, m = 5, factor 2, argmin, one correction a step), and
-    κ = 2, which is its α = 0.04 on FLUX's grid; on SD3.5 its α = 0.01 is κ = 0.5.
+    Defaults are the paper's where it says them (D = 10 and m = 5 of 30 steps, and in proportion of other numbers;
+    factor 2, argmin, one correction a step), and κ = 2, which is its α = 0.04 on FLUX's grid; on SD3.5 its α = 0.01 is
+    κ = 0.5.
 
     Attributes:
         num_inference_steps: N of the full-size run.
@@ -55,8 +56,8 @@ class PreviewOptions:
     """
 
     num_inference_steps: int = 30
-    switch: int | float = 10
-    guided_steps: int | float = 5
+    switch: int | float = 1 / 3
+    guided_steps: int | float = 1 / 6
     method: str = "subsample"
     scale: int = 2
     candidates: str = "random"

@@ -157,6 +157,12 @@ def test_fractions_are_steps():
     assert (options.switch, options.guided_steps) == (17, 5)
 
 
+@pytest.mark.parametrize("steps, switch, guided", [(30, 10, 5), (50, 17, 8), (10, 3, 2), (6, 2, 1)])
+def test_defaults_are_the_papers_shares_of_the_run(steps, switch, guided):
+    options = PreviewOptions(num_inference_steps=steps)
+    assert (options.switch, options.guided_steps) == (switch, guided)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
