@@ -1,8 +1,9 @@
 """The cost model against the published FLOPs of RALU's tables and against counted runs of every family."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from solver.samplers.cost import (
     NETWORKS,
@@ -13,6 +14,7 @@ from solver.samplers.cost import (
     run_flops,
     text_length,
 )
+from tests.flops import flop_counter
 from tests.tiny_pipelines import WORDS, run, tiny_pipeline
 
 FULL, LOW = 4096, 1024  # tokens of 1024 x 1024 pixels, and of 512 x 512
@@ -64,14 +66,13 @@ def test_attention_adds_a_quarter_at_full_size():
 
 def counted(module, call) -> tuple[float, float]:
     """FLOPs of the first evaluation of a module in a call, and those of attention among them."""
-    seen = []
+    open_counters, seen = ExitStack(), []
 
     def before(_, args, kwargs):
-        seen.append(FlopCounterMode(display=False))
-        seen[-1].__enter__()
+        seen.append(open_counters.enter_context(flop_counter()))
 
     def after(_, args, output):
-        seen[-1].__exit__(None, None, None)
+        open_counters.close()
 
     handles = module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)
     try:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import TaylorSeerCacheConfig
 from peft import LoraConfig
-from torch.utils.flop_counter import FlopCounterMode
 
 from solver import ConsistencySolverScheduler
 from solver.samplers.cost import network_of, run_flops
@@ -18,6 +17,7 @@ from solver.samplers.ralu.plan import stage_tokens
 from solver.samplers.ralu.prompts import encoded
 from solver.samplers.ralu.sampler import PUBLISHED, Choices, _full_at_last, prepare, ralu
 from solver.samplers.ralu.schedule import Schedule, scheduler_shift, solve
+from tests.flops import flop_counter
 from tests.tiny_pipelines import SIZE, WORDS, tiny_pipeline
 
 FAMILIES = ("flux", "flux-kontext", "sd3", "qwen-image")
@@ -139,7 +139,7 @@ def test_flops_of_a_run_are_the_plans(family):
     forward = pipe.transformer.forward
 
     def counted(*args, **kwargs):
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             output = forward(*args, **kwargs)
         flops.append(counter.get_total_flops())
         return output
