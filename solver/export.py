@@ -120,8 +120,8 @@ def export(
 
     Raises:
         ValueError: the folder is not empty, `mu` is needed or means nothing, a pipeline without a model or of another
-            noise schedule, a guidance scale that is not finite, or a baked solver that is to get back its weights or
-            another guidance scale.
+            noise schedule, a guidance scale that is not finite, steps for a solver, or a baked solver that is to get
+            back its weights or another guidance scale.
         OSError: there is no such model, or the folder cannot be written.
     """
     output = Path(output)
@@ -137,6 +137,8 @@ def export(
     if kind == "solver":
         if solver.policy is None:
             raise ValueError("A baked table has no weights, so it cannot become a solver; export it as a table.")
+        if steps is not None:
+            raise ValueError(f"--steps {steps[0]}: a solver keeps all that it was trained on; leave it out.")
         exported = copy.deepcopy(solver)
         exported.guidance_scale = guidance
         exported.register_to_config(guidance_scale=guidance)

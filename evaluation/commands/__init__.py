@@ -67,7 +67,12 @@ def pipeline_class(facts: Mapping[str, object]) -> str | None:
 
 
 def check_output(path: Path) -> None:
-    """Raises OSError, before the work, where no file can be written. What is missing above it is not made yet."""
+    """Raises OSError, before the work, where no file can be written, ValueError if the file is named as no PNG.
+
+    What is missing above it is not made yet.
+    """
+    if path.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"--output {path}: pictures are PNG files, which remember how they were made; name a .png.")
     there = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
         raise OSError(f"--output {path}: no file can be written there; name another.")

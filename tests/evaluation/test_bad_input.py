@@ -114,6 +114,9 @@ def test_where_no_file_can_be_written(tmp_path, command):
             sample.main([*command.split(), *picture, "--output", str(output)])
     with pytest.raises(OSError):
         sample.main([*command.split(), *picture, "--output", str(tmp_path / "new" / "x.png")])
+    if command != "preview":  # which writes a folder
+        with pytest.raises(ValueError, match=r"--output x.jpg: pictures are PNG files"):
+            sample.main([*command.split(), *picture, "--output", "x.jpg"])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -248,6 +248,8 @@ def test_errors_name_what_is_wrong(folder, tmp_path):
         main(["--to", "solver", out])
     with pytest.raises(ValueError, match="not empty"):
         main([str(folder / "solver"), "--to", "solver", str(folder)])
+    with pytest.raises(ValueError, match="--steps 4: a solver keeps all that it was trained on"):
+        main([str(folder / "solver"), "--to", "solver", out, "--steps", "4"])
     assert not Path(out).exists()
 
 
@@ -266,7 +268,7 @@ def test_the_card_guides_as_the_model_does(told, tmp_path):
 def test_the_card_says_for_which_size_a_table_is(tmp_path):
     solver = trained(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.2))
     for kind, mu, said in (("table", None, "μ = 1.2"), ("table", 0.5, "μ = 0.5"), ("solver", None, None)):
-        card = (export(solver, kind, tmp_path / f"{kind}{mu}", mu=mu, steps=[4]) / "README.md").read_text()
+        card = (export(solver, kind, tmp_path / f"{kind}{mu}", mu=mu) / "README.md").read_text()
         assert said in card if said else "μ" not in card
     again = ConsistencySolverScheduler.from_pretrained(tmp_path / "table0.5")
     with pytest.raises(ValueError, match="does not record the shift"):
