@@ -108,7 +108,9 @@ def sightings(scenes: list[Scene], device: torch.device) -> list[torch.Tensor]:
     return views
 
 
-def view(scenes: list[Scene], boxes: torch.Tensor, numbers: torch.Tensor, size: int, device: torch.device):
+def view(
+    scenes: list[Scene], boxes: torch.Tensor, numbers: torch.Tensor, size: int, device: torch.device
+) -> torch.Tensor:
     """Crops of pictures, flipped or not, recoloured or not: x_BCHW in [-1, 1], about.
 
     Args:
