@@ -31,7 +31,7 @@ from evaluation.table import table
 from evaluation.workflow import simulate
 from solver import ConsistencySolverScheduler
 
-UNITS = {"pixels": "PSNR, dB", "depth": "PSNR of depth, dB", "segmentation": "% of pixels"}
+UNITS = {"pixels": "PSNR, dB", "depth": "PSNR of depth, dB", "ssim": "SSIM, %", "segmentation": "% of pixels"}
 COSINE = "(cos + 1) · 50"
 OTHER_UNITS = {
     CAPTION_CHECK: "share of pictures",

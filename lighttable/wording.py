@@ -6,7 +6,7 @@ from html import escape
 from evaluation.recipe import METHODS, Recipe
 from lighttable.table import Estimate
 
-UNITS = {"pixels": "dB", "depth": "dB", "segmentation": "%"}  # of the scores; the others go to 100
+UNITS = {"pixels": "dB", "depth": "dB", "segmentation": "%", "ssim": "%"}  # of the scores; the others go to 100
 
 
 def said(sentence: str) -> str:

@@ -4,7 +4,7 @@
     target_features = reward.features(target_images)            # once, when the dataset is built
     scores = reward.similarity(reward.features(images), target_features)
 
-Six rewards, one file each, with the published models as defaults and the published scales;
+Eight rewards, a file each kind, with the published models as defaults and the published scales;
 `rewards.mixture` adds them up.
 """
 
@@ -17,10 +17,12 @@ from rewards.base import Reward
 REWARDS = {
     "depth": "rewards.depth.DepthReward",  # PSNR of depth maps, ≤ 80 dB
     "dino": "rewards.dino.DinoReward",  # class token, (cos + 1) · 50
+    "dino_patches": "rewards.dino.DinoPatchReward",  # patch tokens, (cos + 1) · 50
     "clip": "rewards.clip.ClipReward",  # image embedding, (cos + 1) · 50
     "segmentation": "rewards.segmentation.SegmentationReward",  # % of pixels with the same label
     "inception": "rewards.inception.InceptionReward",  # logits, (cos + 1) · 50
     "pixels": "rewards.pixels.PixelReward",  # PSNR of RGB, ≤ 100 dB
+    "ssim": "rewards.ssim.SSIMReward",  # structural similarity of RGB, %
 }
 
 __all__ = ["REWARDS", "Reward", "load_reward"]

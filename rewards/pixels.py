@@ -15,12 +15,14 @@ class PixelReward(Reward):
         ValueError: `model` is given; there is no network.
     """
 
+    name = "pixels"
+
     def __init__(
         self, model: str | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ):
         if model is not None:
-            raise ValueError(f"the pixels reward has no network, got model={model!r}. Leave it out.")
-        super().__init__("pixels", device)
+            raise ValueError(f"the {self.name} reward has no network, got model={model!r}. Leave it out.")
+        super().__init__(self.name, device)
 
     def _features(self, images_u8_BCHW: torch.Tensor) -> torch.Tensor:
         return images_u8_BCHW

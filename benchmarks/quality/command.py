@@ -18,7 +18,16 @@ from evaluation.metrics import ClipScorer
 from evaluation.rendering import Samples, load_pipeline
 from rewards import load_reward
 
-REWARDS = ("pixels", "dino", "clip", "depth", "segmentation")
+# reward -> its network in the zoo
+REWARDS = {
+    "pixels": None,
+    "ssim": None,
+    "dino": "dino",
+    "dino_patches": "dino",
+    "clip": "clip",
+    "depth": "depth",
+    "segmentation": "segmentation",
+}
 
 
 def parser_of(doc: str, output: str, num_prompts: int) -> argparse.ArgumentParser:
@@ -43,8 +52,8 @@ def open_model(args: argparse.Namespace) -> DiffusionPipeline:
 
 
 def open_instruments(args: argparse.Namespace, device: torch.device) -> Instruments:
-    """Consistency by five rewards, the caption check, and CLIP's score of a picture."""
-    models = {name: None if name == "pixels" else str(args.zoo / name) for name in REWARDS}
+    """Consistency by all rewards of `REWARDS`, the caption check, and CLIP's score of a picture."""
+    models = {name: network and str(args.zoo / network) for name, network in REWARDS.items()}
     rewards = {name: load_reward(name, model, device=device) for name, model in models.items()}
     scorer = ClipScorer(models["clip"], device, rewards["clip"])
     return Instruments(list(rewards.values()), rewards["segmentation"], scorer)

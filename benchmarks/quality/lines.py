@@ -22,7 +22,9 @@ FRECHET_FULL, FRECHET_SCENES = "frechet_full", "frechet_scenes"
 # name -> unit, in the order of the table
 METRICS = {
     "pixels": "PSNR, dB",
+    "ssim": "%",
     "dino": "(cos + 1) · 50",
+    "dino_patches": "(cos + 1) · 50",
     "clip": "(cos + 1) · 50",
     "depth": "PSNR, dB",
     "segmentation": "% of pixels",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.quality import pooled_latents, preview, ralu
+from benchmarks.quality.command import REWARDS
 from benchmarks.quality.ledger import kept_account
 from evaluation.rendering import load_pipeline
 from solver import ConsistencySolverScheduler
@@ -16,7 +17,7 @@ from solver.samplers.calls import guidance
 
 BRANCHES = 2  # prompt and empty prompt
 FULL, SMALL = 64, 16  # tokens of 64 and of 32 pixels
-SAME = {"pixels": 100, "dino": 100, "clip": 100, "depth": 80, "segmentation": 100, "check_agreement": 100}
+SAME = dict.fromkeys(REWARDS, 100) | {"depth": 80, "check_agreement": 100}
 FILES = ("metrics.json", "table.md", "figure.png", "contact_sheet.png")
 
 

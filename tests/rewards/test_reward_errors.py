@@ -49,7 +49,7 @@ def test_targets():
 
 @pytest.mark.parametrize("name", ["dept", "", "rewards.depth.Depth", "nowhere.Reward", "os.path", None, 3])
 def test_unknown_names(name):
-    with pytest.raises(ValueError, match="depth, dino, clip, segmentation, inception, pixels"):
+    with pytest.raises(ValueError, match="depth, dino, dino_patches, clip, segmentation, inception, pixels, ssim"):
         load_reward(name)
 
 

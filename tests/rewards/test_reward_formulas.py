@@ -37,6 +37,44 @@ def test_pixels_ends_of_the_scale():
     assert pixels(flat(0.3), target_images=flat(0.3)).tolist() == [100, 100]
 
 
+def test_ssim_against_the_definition():
+    """Moments of 11 x 11 Gaussian windows, in float64 by scipy."""
+    from scipy.ndimage import gaussian_filter
+
+    images = torch.rand(2, 3, 20, 24, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
+    targets = (0.7 * images + 0.3 * images.roll(1, -1)).mul(255).round() / 255
+
+    def mean(plane):
+        return gaussian_filter(plane, 1.5, radius=5)[5:-5, 5:-5]
+
+    scores = []
+    for x, y in zip(images.double().flatten(0, 1).numpy(), targets.double().flatten(0, 1).numpy(), strict=True):
+        mx, my = mean(x), mean(y)
+        vx, vy, cov = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+        value = (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+        scores.append(value.mean())
+    expected = 100 * torch.tensor(scores).view(2, 3).mean(dim=1)
+    ssim = load_reward("ssim")(images, target_images=targets)
+    torch.testing.assert_close(ssim, expected.float(), atol=1e-3, rtol=0)
+    assert (ssim > 10).all() and (ssim < 99).all()
+
+
+def test_ssim_ends_of_the_scale():
+    board = torch.zeros(1, 3, 16, 16)
+    board[..., ::2, ::2] = board[..., 1::2, 1::2] = 1
+    ssim = load_reward("ssim")
+    assert ssim(board, target_images=board).item() == pytest.approx(100, abs=1e-3)
+    assert ssim(board, target_images=1 - board).item() < -95  # the opposite everywhere
+    # Flat pictures differ in luminance only: (2 · 0.2 · 0.6 + C1) / (0.2² + 0.6² + C1).
+    score = ssim(flat(51 * LEVEL, (16, 16)), target_images=flat(153 * LEVEL, (16, 16)))
+    torch.testing.assert_close(score, torch.full((2,), 100 * 0.2401 / 0.4001), atol=1e-2, rtol=0)
+
+
+def test_ssim_of_a_picture_smaller_than_its_window():
+    with pytest.raises(ValueError, match="windows of 11 pixels; 8x8"):
+        load_reward("ssim")(flat(0.1), target_images=flat(0.2))
+
+
 def test_images_are_compared_in_eight_bits():
     """A target read back from a PNG file and a preview that never was in one are the same picture."""
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))

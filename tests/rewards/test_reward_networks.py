@@ -11,12 +11,14 @@ SHAPES = {
     "smp-depth": ((64, 64), torch.float16),
     "dinov2": ((32,), torch.float32),
     "timm-vit": ((192,), torch.float32),
+    "dinov2-patches": ((16, 32), torch.float16),
+    "timm-vit-patches": ((16, 192), torch.float16),
     "clip": ((24,), torch.float32),
     "segformer": ((16, 16), torch.uint8),  # logits are a quarter of the 64-pixel input
     "smp-segmentation": ((64, 64), torch.uint8),
     "inception": ((1000,), torch.float32),
 }
-MAXIMUM = {"depth": 80, "dino": 100, "clip": 100, "segmentation": 100, "inception": 100}
+MAXIMUM = {"depth": 80, "dino": 100, "dino_patches": 100, "clip": 100, "segmentation": 100, "inception": 100}
 
 every_network = pytest.mark.parametrize("key", NETWORKS)
 
@@ -135,6 +137,30 @@ def test_dino_is_the_pooled_output(network_folder, load_tiny, pictures):
     with torch.no_grad():
         expected = reward.network(reward.preprocess(x.mul(255).byte()))  # num_classes=0: the pooled token
     torch.testing.assert_close(reward.features(x), expected)
+
+
+def test_dino_patches_are_the_tokens_behind_class_and_registers(load_tiny, pictures, tmp_path):
+    from transformers import BitImageProcessor, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    size = {"height": 28, "width": 28}
+    config = Dinov2WithRegistersConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    Dinov2WithRegistersModel(config).save_pretrained(tmp_path)
+    BitImageProcessor(size=size, crop_size=size).save_pretrained(tmp_path)
+    assert config.num_register_tokens == 4
+    registers = load_reward("dino_patches", model=tmp_path)
+    assert registers.features(pictures[:2]).shape == (2, 4, 32)
+
+    images, targets = pictures[:2].clone(), pictures[:2]
+    images[0, :, :, 32:] = targets[1, :, :, 32:]
+    reward = load_tiny("timm-vit-patches")
+    pixels = [reward.preprocess(x.mul(255).byte()) for x in (images, targets)]
+    with torch.no_grad():
+        one, other = (reward.network.forward_features(x)[:, 1:] for x in pixels)
+    expected = (torch.cosine_similarity(one, other, dim=-1).mean(dim=1) + 1) * 50
+    torch.testing.assert_close(reward(images, target_images=targets), expected, atol=0.02, rtol=0)  # kept in float16
+    assert expected[0] < 100
 
 
 def test_inception_is_the_logits(load_tiny, pictures):

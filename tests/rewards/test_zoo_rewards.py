@@ -9,7 +9,8 @@ from tiny_networks import blurred, noisy, shifted
 from rewards import load_reward
 
 ZOO = Path(__file__).parents[2] / "zoo"
-MAXIMUM = {"depth": 80, "segmentation": 100, "clip": 100, "dino": 100}
+MAXIMUM = {"depth": 80, "segmentation": 100, "clip": 100, "dino": 100, "dino_patches": 100}
+FOLDERS = {"dino_patches": "dino"}  # where it is not the name
 
 every_miniature = pytest.mark.parametrize("name", MAXIMUM)
 
@@ -28,7 +29,7 @@ def miniature():
 
     def get(name):
         if name not in rewards:
-            rewards[name] = load_reward(name, model=ZOO / name)
+            rewards[name] = load_reward(name, model=ZOO / FOLDERS.get(name, name))
         return rewards[name]
 
     return get

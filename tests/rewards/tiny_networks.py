@@ -94,6 +94,8 @@ NETWORKS = {
     "smp-depth": ("depth", save_smp_depth),
     "dinov2": ("dino", save_dinov2),
     "timm-vit": ("dino", save_timm_vit),
+    "dinov2-patches": ("dino_patches", save_dinov2),
+    "timm-vit-patches": ("dino_patches", save_timm_vit),
     "clip": ("clip", save_clip),
     "segformer": ("segmentation", save_segformer),
     "smp-segmentation": ("segmentation", save_smp_segmentation),
