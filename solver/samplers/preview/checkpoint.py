@@ -202,3 +202,46 @@ def _adapters(pipe: DiffusionPipeline) -> dict:
 
 def _adapts(module: torch.nn.Module) -> bool:
     return hasattr(module, "scaling") and not module.disable_adapters
+
+
+def row_of_call(call: dict, row: int, batch_size: int) -> tuple[dict, list[str]]:
+    """The call for one picture of a batch, and the names of what no file can hold."""
+    kept, missing = {}, []
+    for name, value in call.items():
+        if isinstance(value, Tensor):
+            kept[name] = value[row : row + 1] if len(value) == batch_size else value
+        elif isinstance(value, list | tuple) and len(value) == batch_size and name.endswith(("prompt", "_2", "_3")):
+            kept[name] = [value[row]]
+        elif isinstance(value, str | int | float | bool | None):
+            kept[name] = [value] if isinstance(value, str) and name.startswith("prompt") else value
+        else:
+            missing.append(name)
+    return kept, missing
+
+
+def joined_call(checkpoints: list[Checkpoint], device: torch.device) -> dict:
+    """The call for several pictures of one run, from files or not. Raises ValueError if they are of different runs."""
+    first = checkpoints[0]
+    same = ("next_step", "num_inference_steps", "height", "width", "sigmas", "missing")
+    for one in checkpoints[1:]:
+        if differing := [name for name in same if getattr(one, name) != getattr(first, name)]:
+            raise ValueError(f"The checkpoints differ in {', '.join(differing)}; refine them one by one.")
+        if alike(one.call) != alike(first.call):
+            raise ValueError(
+                f"The checkpoints are of calls that differ: {alike(first.call)}, {alike(one.call)}; refine them one "
+                "by one."
+            )
+    joined = {}
+    for name, value in first.call.items():
+        if isinstance(value, Tensor):
+            joined[name] = torch.cat([one.call[name] for one in checkpoints]).to(device)
+        elif isinstance(value, list):
+            joined[name] = [item for one in checkpoints for item in one.call[name]]
+        else:
+            joined[name] = value
+    return joined
+
+
+def alike(call: dict) -> dict:
+    """What the pictures of a batch share: numbers and texts by value, of tensors and lists that there are some."""
+    return {name: "one each" if isinstance(value, Tensor | list) else value for name, value in call.items()}

@@ -26,7 +26,8 @@ from solver.samplers.cascade import Segment, encoded_once, run_segment
 from solver.samplers.latents import decode, vae_factor
 from solver.samplers.preview.guidance import Guidance
 from solver.samplers.preview.options import PreviewOptions
-from solver.samplers.preview.sampler import _begin, _full_size, to_pil
+from solver.samplers.preview.phases import begin_run, full_size
+from solver.samplers.preview.sampler import to_pil
 from solver.samplers.preview.selection import generator_beside, split
 
 
@@ -129,8 +130,8 @@ def transform(
     options = replace(options, guide_at_switch=True, small_steps=None)
     call = {"prompt": prompt, **call} if prompt is not None else call
     with encoded_once(pipe):
-        run = _begin(pipe, call, [seed], options, (height, width), None, None)
-        _, x, velocity, _ = _full_size(run)
+        run = begin_run(pipe, call, [seed], options, (height, width), None, None)
+        _, x, velocity, _ = full_size(run)
         sigmas = run.full[options.switch :]
         sigma = float(sigmas[0])
         image, noise = split(x, velocity, sigma)
