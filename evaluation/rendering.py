@@ -79,7 +79,7 @@ def load_pipeline(model: str, dtype: str, device: str | None, pipeline: str | No
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r}: expected one that torch finds here, such as cpu.") from error
     return open_pipeline(model, getattr(torch, dtype), pipeline).to(device)

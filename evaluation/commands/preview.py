@@ -22,6 +22,7 @@ from evaluation.config import check_guidance
 NUMBERS = {"guided_steps": float, "switch": float, "scale": int, "kappa": float, "alpha": float, "small_steps": int}
 CHOICES = ("method", "candidates_from", "selection", "unit", "target", "grid", "positions")
 CALL = {"negative_prompt": str, "guidance_scale": float, "true_cfg_scale": float, "num_frames": int}
+SHEET, FACTS = "sheet.png", "previews.json"
 SHEET_COLUMNS = 4
 FRAMES_A_SECOND = 16
 
@@ -80,7 +81,7 @@ def run(given: Namespace) -> Path | str:
 def _render(given: Namespace, options) -> Path:
     if missing := [f"--{key}" for key in ("model", "prompt", "seed", "output") if getattr(given, key) is None]:
         raise ValueError(f"{', '.join(missing)}: needed to make previews. --explain needs none of them.")
-    check_output(given.output / "sheet.png")
+    check_output(given.output / SHEET)
     from evaluation.rendering import load_pipeline
     from evaluation.single import solver_scheduler
     from solver.samplers.calls import guidance, text_length
@@ -101,6 +102,8 @@ def _render(given: Namespace, options) -> Path:
     size = {"height": given.height, "width": given.width}
     picture_facts = {"model": given.model, "prompt": given.prompt, "height": given.height, "width": given.width}
     picture_facts = {name: value for name, value in picture_facts.items() if value is not None}
+    for name in (FACTS, SHEET):  # of an earlier run: should this one be interrupted, they would be of other previews
+        (given.output / name).unlink(missing_ok=True)
     shown = []
     for number in range(1, given.candidates + 1):
         # One by one: a batch would differ from the picture's own run in the last bits.
@@ -110,8 +113,8 @@ def _render(given: Namespace, options) -> Path:
         shown.append(made)
     facts = {"model": given.model, "dtype": given.dtype, "prompt": given.prompt}
     facts["candidates"] = [{"seed": made.checkpoint.seed, **made.report} for made in shown]
-    (given.output / "previews.json").write_text(json.dumps(facts, indent=1) + "\n")
-    sheet = given.output / "sheet.png"
+    (given.output / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    sheet = given.output / SHEET
     proof_sheet([made.image for made in shown]).save(sheet)
     return sheet
 

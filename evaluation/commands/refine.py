@@ -21,7 +21,7 @@ from evaluation.commands import (
     picture_facts,
     pipeline_class,
 )
-from evaluation.commands.preview import save_picture
+from evaluation.commands.preview import FACTS, save_picture
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -75,9 +75,9 @@ def _go_on(given: Namespace) -> Path:
 
 def _facts(folder: Path) -> dict:
     """What `preview` wrote of its folder. Raises OSError or ValueError if it is not there, or something else."""
-    path = folder / "previews.json"
+    path = folder / FACTS
     if not path.is_file():
-        raise OSError(f"--preview {folder}: there is no previews.json in it; name a folder of `sample.py preview`.")
+        raise OSError(f"--preview {folder}: there is no {FACTS} in it; name a folder of `sample.py preview`.")
     try:
         facts = json.loads(path.read_text())
         kinds = {"model": str, "dtype": str, "prompt": str, "candidates": list}

@@ -64,3 +64,23 @@ def test_errors(model, folder, tmp_path):
         main(["preview", "--model", "m", "--candidates", "0", *out, *ARGUMENTS])
     with pytest.raises(ValueError, match="--num_frames: not an argument of FluxPipeline"):
         main(["preview", "--model", str(model), "--num_frames", "5", *out, *ARGUMENTS])
+
+
+def test_an_interrupted_run_into_a_used_folder_leaves_no_list_of_the_earlier_previews(model, tmp_path, monkeypatch):
+    """`refine --pick` would finish a picture of the new run under the prompt of the old one."""
+    command = ["preview", "--model", str(model), "--candidates", "2", "--output", str(tmp_path), *ARGUMENTS, *OPTIONS]
+    main(command)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evaluation.commands.preview.proof_sheet", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main([*command, "--kappa", "2"])
+    assert (tmp_path / "2.json").exists() and not (tmp_path / "sheet.png").exists()
+
+    monkeypatch.setattr("evaluation.commands.preview.save_picture", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    with pytest.raises(OSError, match="--preview .*: there is no previews"):
+        main(["refine", "--preview", str(tmp_path), "--pick", "2", "--output", str(tmp_path / "full.png")])
