@@ -82,5 +82,5 @@ def test_an_interrupted_run_into_a_used_folder_leaves_no_list_of_the_earlier_pre
     monkeypatch.setattr("evaluation.commands.preview.save_picture", killed)
     with pytest.raises(KeyboardInterrupt):
         main(command)
-    with pytest.raises(OSError, match="--preview .*: there is no previews"):
+    with pytest.raises(OSError, match=r"there is no previews\.json in it"):
         main(["refine", "--preview", str(tmp_path), "--pick", "2", "--output", str(tmp_path / "full.png")])
