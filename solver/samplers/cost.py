@@ -322,7 +322,8 @@ SD35_LARGE = replace(
     t5_tokens=256,
     decoding=KL_DECODER,
 )
-# A UNet has no single width: counted on its shape at two sizes and two lengths of the text. A token is a latent pixel.
+# A UNet has no single width: these are counted on their shapes, at several sizes and lengths of the text. A token is a
+# latent pixel.
 SDXL = Network(
     image=361_620_480,
     text=681_574_400,
@@ -333,6 +334,19 @@ SDXL = Network(
     branches=2,
     pixels=8,
     text_encoding=2 * (CLIP_L + CLIP_G),
+    decoding=KL_DECODER,
+)
+
+SD15 = Network(
+    image=164_602_880,
+    text=38_338_560,
+    fixed=55_705_600,
+    image_attention=7_301.25,
+    cross_attention=11_280,
+    text_tokens=77,
+    branches=2,
+    pixels=8,
+    text_encoding=2 * CLIP_L,
     decoding=KL_DECODER,
 )
 
@@ -349,6 +363,7 @@ NETWORKS: dict[str, Network] = {
     "sd3.5-large": SD35_LARGE,
     "sd3.5-large-turbo": replace(SD35_LARGE, branches=1, text_encoding=SD3_ENCODING),
     "sdxl": SDXL,
+    "sd1.5": SD15,
     "qwen-image": qwen_image(),
     "wan2.1-1.3b": wan(num_layers=30, num_attention_heads=12, ffn_dim=8960),
     "wan2.1-14b": wan(),

@@ -14,14 +14,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from solver.samplers.cost import NETWORKS, image_tokens, run_flops
+from solver.samplers.grids import QWEN_SHIFT, latent_diffusion_grid, own_grid, shifted
 from solver.samplers.hiflow.memory import GIB, activation_bytes, decoder_bytes
-from solver.samplers.hiflow.noise import check_rule, diffusion_sigmas
+from solver.samplers.hiflow.noise import check_rule
 from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, plan_stages
 
 BF16 = 2  # bytes
@@ -53,44 +53,24 @@ class Family:
 
     @property
     def unet(self) -> bool:
-        return self.network == "sdxl"
+        return self.network in ("sdxl", "sd1.5")
 
     @property
     def flux(self) -> bool:
         return self.network.startswith("flux")
 
 
-def _flux_dev_sigmas(steps: int, tokens: int) -> torch.Tensor:
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=calculate_shift(tokens))
-    return scheduler.sigmas
-
-
-def _schnell_sigmas(steps: int, tokens: int) -> torch.Tensor:
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
-    return scheduler.sigmas
-
-
-def _sd3_sigmas(steps: int, tokens: int) -> torch.Tensor:
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(steps)
-    return scheduler.sigmas
-
-
-def _sdxl_sigmas(steps: int, tokens: int) -> torch.Tensor:
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    leading = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
-    return diffusion_sigmas(DDIMScheduler(**betas, **leading), steps)
-
-
+DYNAMIC = partial(shifted, use_dynamic_shifting=True)
+SHIFT_3 = partial(own_grid, shift=3.0)
 FAMILIES = {
-    "flux": Family("flux-dev", 16.87, 3072, 3.5, _flux_dev_sigmas, distilled=True),
-    "flux-kontext": Family("flux-dev", 16.87, 3072, 3.5, _flux_dev_sigmas, condition=1024**2, distilled=True),
-    "flux-schnell": Family("flux-schnell", 16.86, 3072, 0.0, _schnell_sigmas),
-    "sd3": Family("sd3-medium", 7.69, 1536, 7.0, _sd3_sigmas, largest=192 * 16),
-    "sd3.5-large": Family("sd3.5-large", 13.72, 2432, 7.0, _sd3_sigmas, largest=192 * 16),
-    "sdxl": Family("sdxl", 3.47, 320, 5.0, _sdxl_sigmas),
+    "flux": Family("flux-dev", 16.87, 3072, 3.5, DYNAMIC, distilled=True),
+    "flux-kontext": Family("flux-dev", 16.87, 3072, 3.5, DYNAMIC, condition=1024**2, distilled=True),
+    "flux-schnell": Family("flux-schnell", 16.86, 3072, 0.0, shifted),
+    "sd3": Family("sd3-medium", 7.69, 1536, 7.0, SHIFT_3, largest=192 * 16),
+    "sd3.5-large": Family("sd3.5-large", 13.72, 2432, 7.0, SHIFT_3, largest=192 * 16),
+    "qwen-image": Family("qwen-image", 28.85, 3072, 4.0, partial(shifted, **QWEN_SHIFT)),
+    "sdxl": Family("sdxl", 3.47, 320, 5.0, latent_diffusion_grid),
+    "sd1.5": Family("sd1.5", 1.07, 320, 7.5, latent_diffusion_grid),
 }
 
 

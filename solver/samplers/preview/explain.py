@@ -13,37 +13,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from solver.samplers.cost import NETWORKS, Network, image_tokens, run_flops
+from solver.samplers.grids import QWEN_SHIFT, own_grid, shifted, unipc_grid
 from solver.samplers.preview.options import Phase, PreviewOptions, plan
-
-
-def shifted(steps: int, tokens: int, **config) -> Tensor:
-    """The grid of pipelines that pass the sigmas 1 .. 1/steps, and a shift for the number of tokens."""
-    scheduler = FlowMatchEulerDiscreteScheduler(**config)
-    bounds = [config.get(name, default) for name, default in (("max_image_seq_len", 4096), ("max_shift", 1.15))]
-    mu = calculate_shift(tokens, max_seq_len=bounds[0], max_shift=bounds[1])
-    shift = {"mu": mu} if scheduler.config.use_dynamic_shifting else {}
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), **shift)
-    return scheduler.sigmas
-
-
-def own_grid(steps: int, tokens: int, shift: float) -> Tensor:
-    """The grid of SD3, which leaves it to the scheduler."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(steps)
-    return scheduler.sigmas
-
-
-def unipc_grid(steps: int, tokens: int, shift: float) -> Tensor:
-    """The grid of Wan's UniPC."""
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-    scheduler.set_timesteps(steps)
-    return scheduler.sigmas
 
 
 class Family(NamedTuple):
@@ -56,7 +30,6 @@ class Family(NamedTuple):
     frames: int = 1
 
 
-QWEN_SHIFT = {"use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
 FAMILIES = {
     "flux": Family("flux-dev", shifted, {"use_dynamic_shifting": True}),
     "sd3": Family("sd3-medium", own_grid, {"shift": 3.0}),

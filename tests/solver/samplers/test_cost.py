@@ -61,6 +61,8 @@ def test_attention_adds_a_quarter_at_full_size():
     assert evaluation_flops(DEV, FULL) == pytest.approx(74.384653e12, rel=1e-6)  # counted on the model's shape
     assert evaluation_flops(DEV, FULL, attention=False) == pytest.approx(59.512255e12, rel=1e-6)
     assert evaluation_flops(NETWORKS["sdxl"], 128**2) == pytest.approx(6.761236398080e12, rel=1e-6)
+    assert evaluation_flops(NETWORKS["sd1.5"], 64**2) == pytest.approx(0.803273441280e12, rel=1e-6)
+    assert evaluation_flops(NETWORKS["sd1.5"], 128**2) == pytest.approx(4.674006220800e12, rel=1e-6)
     assert decoding_flops(DEV, 1024, 1024) == pytest.approx(10.472204e12, rel=1e-6)
 
 
