@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from data.command_line import answer_help, errors_as_sentences
 from solver.ppo_knobs import PPOKnobs
-from solver.run_config import SolverRunConfig
+from solver.run_config import SolverRunConfig, find_checkpoint
 
 if TYPE_CHECKING:
     from solver.trainer import ConsistencySolverTrainer
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.end()
 
 
-def prepare(arguments: list[str] | None) -> "tuple[ConsistencySolverTrainer, str | bool | None]":
+def prepare(arguments: list[str] | None) -> "tuple[ConsistencySolverTrainer, str | None]":
     """The trainer of a command line, and what it is to resume from."""
     from trl import TrlParser
 
@@ -48,17 +48,15 @@ def prepare(arguments: list[str] | None) -> "tuple[ConsistencySolverTrainer, str
     config, args = TrlParser((SolverRunConfig, ConsistencySolverConfig), allow_abbrev=False).parse_args_and_config(
         arguments
     )
-    # Trainer looks for the last checkpoint itself where it is told `True`.
-    checkpoint = {"last": True}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
-    check_output(Path(args.output_dir), checkpoint)
+    checkpoint = check_output(Path(args.output_dir), args.resume_from_checkpoint)
     pipe = load_pipeline(config)
     train_dataset, eval_dataset = load_datasets(config)
     solver, rewards = make_solver(config, pipe), load_rewards(config)
     return ConsistencySolverTrainer(pipe, solver, rewards, args, train_dataset, eval_dataset), checkpoint
 
 
-def check_output(folder: Path, checkpoint: str | bool | None) -> None:
-    """Raises ValueError where a new run would mix with an earlier one, or there is nothing to resume."""
+def check_output(folder: Path, checkpoint: str | None) -> str | None:
+    """The checkpoint to resume from. Raises ValueError without one, or if a new run would mix with an earlier one."""
     kept = sorted(path.name for path in folder.glob("checkpoint-*")) + [
         name for name in RESULTS if (folder / name).exists()
     ]
@@ -67,10 +65,7 @@ def check_output(folder: Path, checkpoint: str | bool | None) -> None:
             f"output_dir={str(folder)!r} has {', '.join(kept)} of an earlier run. Go on with it by "
             "--resume_from_checkpoint last, or choose another folder."
         )
-    if checkpoint is True and not any(name.startswith("checkpoint-") for name in kept):
-        raise ValueError(f"output_dir={str(folder)!r} has no checkpoint to resume from.")
-    if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
-        raise ValueError(f"resume_from_checkpoint={checkpoint!r}: there is no such folder.")
+    return checkpoint and find_checkpoint(checkpoint, folder)
 
 
 if __name__ == "__main__":

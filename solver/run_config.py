@@ -1,7 +1,10 @@
 """What `train.py` and `solver.distillation` work on: a pipeline, a solver, a dataset. Imports what it loads when it
 loads it, so that a command line can be read at once."""
 
+import json
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.command_line import as_list, check_dtype, check_whole
@@ -11,6 +14,8 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from solver.scheduling_consistency_solver import ConsistencySolverScheduler
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -109,3 +114,38 @@ def load_datasets(config: SolverRunConfig) -> "tuple[Dataset, Dataset]":
         raise ValueError(f"num_eval_rows={config.num_eval_rows} leaves none of the {len(dataset)} rows to train on.")
     cut = len(dataset) - config.num_eval_rows
     return Subset(dataset, range(cut)), Subset(dataset, range(cut, len(dataset)))
+
+
+def find_checkpoint(checkpoint: str, output_dir: Path) -> str:
+    """The folder that `resume_from_checkpoint` names; `"last"` is the latest whole one of `output_dir`.
+
+    A run that is killed while it writes a checkpoint leaves a part of one: trainer_state.json, which comes last, is
+    missing or broken.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is not whole.
+    """
+    if checkpoint != "last":
+        if not Path(checkpoint).is_dir():
+            raise ValueError(f"resume_from_checkpoint={checkpoint!r}: there is no such folder.")
+        if not _is_whole(Path(checkpoint)):
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} is no whole checkpoint: it has no trainer_state.json that can "
+                "be read. Take an earlier one; to go on from a solver alone, name it as initial_solver."
+            )
+        return checkpoint
+    found = sorted(output_dir.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    whole = [path for path in found if _is_whole(path)]
+    if not whole:
+        raise ValueError(f"output_dir={str(output_dir)!r} has no checkpoint to resume from.")
+    if found[-1] != whole[-1]:
+        logger.warning("%s is not whole; going on from %s.", found[-1], whole[-1].name)
+    return str(whole[-1])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True

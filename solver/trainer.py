@@ -68,7 +68,8 @@ class ConsistencySolverTrainer(Trainer):
 
     Raises:
         ValueError: a baked solver, a dataset of another teacher or other reward networks, an empty one, a noise
-            schedule that is not the pipeline's, too few rows, or weights that do not fit the rewards.
+            schedule that is not the pipeline's, more steps than it has, too few rows, or weights that do not fit the
+            rewards.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class ConsistencySolverTrainer(Trainer):
         encode: Callable[[str], dict[str, Tensor]] | None = None,
     ):
         _check_solver(scheduler, pipeline)
+        _check_steps(scheduler, args)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None and not len(dataset):
                 raise ValueError(f"{name} is empty.")
@@ -360,3 +362,10 @@ def _check_solver(scheduler: ConsistencySolverScheduler, pipe: DiffusionPipeline
     if not scheduler.num_actions:
         raise ValueError("This solver has no actions: set learn_grid, or learn_weights and an order above 1.")
     scheduler.check_compatible(pipe.scheduler)
+
+
+def _check_steps(scheduler: ConsistencySolverScheduler, args: ConsistencySolverConfig) -> None:
+    """Now, and not when the run comes to them: held-out evaluations are far apart."""
+    for name, counts in (("inference_steps", args.step_counts), ("eval_inference_steps", args.eval_inference_steps)):
+        if max(counts) > len(scheduler):
+            raise ValueError(f"{name}: {max(counts)} steps are more than the {len(scheduler)} of the noise schedule.")

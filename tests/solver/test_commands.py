@@ -1,5 +1,7 @@
 """The commands that make a solver, from a model folder and a dataset that `data.build` made."""
 
+import shutil
+
 import pytest
 from tiny_teacher import build_args, save_models
 from toy_mixture import latent_psnr, toy_pipeline
@@ -9,6 +11,7 @@ from data.dataset import PreviewDataset
 from solver import ConsistencySolverScheduler
 from solver.amed import main as fit_amed
 from solver.distillation import main as distill
+from solver.run_config import find_checkpoint
 from solver.trainer import ConsistencySolverTrainer
 from solver.trainer_config import ConsistencySolverConfig
 from train import main as train
@@ -52,6 +55,25 @@ def test_training_leaves_solvers_and_resumes(run):
     assert (folder / "checkpoint-3").is_dir()
 
 
+def test_a_checkpoint_that_was_cut_off_is_passed_over(run, tmp_path, caplog):
+    """Killed while it writes one, a run leaves a checkpoint without its last file, or with a part of that."""
+    arguments, folder = run
+    shutil.copytree(folder, tmp_path / "run")
+    for number, rest in ((4, ""), (10, None)):  # not in the order of the alphabet
+        shutil.copytree(folder / "checkpoint-2", tmp_path / "run" / f"checkpoint-{number}")
+        (tmp_path / "run" / f"checkpoint-{number}" / "trainer_state.json").unlink()
+        if rest is not None:
+            (tmp_path / "run" / f"checkpoint-{number}" / "trainer_state.json").write_text(rest)
+    latest = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+    assert find_checkpoint("last", tmp_path / "run") == str(tmp_path / "run" / f"checkpoint-{latest}")
+    assert f"checkpoint-10 is not whole; going on from checkpoint-{latest}" in caplog.text
+    train([*arguments, *words(resume_from_checkpoint="last", output_dir=tmp_path / "run", num_iterations=latest + 1)])
+    for path in (tmp_path / "run").glob("checkpoint-*/trainer_state.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+        find_checkpoint("last", tmp_path / "run")
+
+
 def test_training_goes_on_from_a_solver_and_writes_what_tensorboard_reads(run, tmp_path):
     arguments, folder = run
     dataset = arguments[arguments.index("--dataset") + 1]
@@ -70,6 +92,9 @@ def test_training_goes_on_from_a_solver_and_writes_what_tensorboard_reads(run, t
         ({"dtype": "fp16"}, "dtype='fp16': expected one of"),
         ({"resume_from_checkpoint": "last"}, "has no checkpoint to resume from"),
         ({"resume_from_checkpoint": "no/checkpoint"}, "resume_from_checkpoint='no/checkpoint': there is no such"),
+        ({"resume_from_checkpoint": "RUN/best"}, "best' is no whole checkpoint: it has no trainer_state.json"),
+        ({"inference_steps": 1001}, "inference_steps: 1001 steps are more than the 1000"),
+        ({"eval_inference_steps": 2000}, "eval_inference_steps: 2000 steps are more than the 1000"),
         ({"model": "no/model"}, "model 'no/model' is no pipeline folder here"),
         ({"initial_solver": "RUN/best", "base_rule": "ddim"}, "is of another kind: base_rule 'dpm2m', not 'ddim'"),
         ({"group_size": 1}, "group_size=1: expected a whole number of at least 2"),
