@@ -287,7 +287,9 @@ def _evaluation(metrics: dict) -> str:
         others = [
             other
             for other in metrics["rows"]
-            if other["solver"] != "learned" and (other["guidance_scale"], other["steps"]) == cell
+            if other["solver"] != "learned"
+            and (other["guidance_scale"], other["steps"]) == cell
+            and main in other["metrics"]  # the full steps have none to compare
         ]
         sign = 1 if up[main] else -1
         best = max(others, key=lambda other: sign * other["metrics"][main]["mean"], default=None)

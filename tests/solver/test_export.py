@@ -205,7 +205,8 @@ def test_card_has_the_evaluation_table(folder, tmp_path):
         metrics = {"pixels": {"mean": value, "ci95": [value - 0.5, value + 0.5]}}
         return {"solver": solver, "steps": 5, "guidance_scale": 3.0, "metrics": metrics}
 
-    rows = [row("learned", 33.0), row("ddim", 29.0), row("dpm2m", 30.0)]
+    full = row("full", 0.0) | {"metrics": {}}  # in as many steps
+    rows = [row("learned", 33.0), row("ddim", 29.0), row("dpm2m", 30.0), full]
     metrics = {"model": "zoo/mini-sd", "dataset": {"prompts": "scenes:test"}, "rows": rows, "paired": []}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     main(
