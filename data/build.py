@@ -144,8 +144,9 @@ def claim_folder(folder: Path, description: dict, is_main_process: bool) -> None
     """Writes teacher.json, or compares with the one that is there. Other library versions only draw a warning.
 
     Raises:
-        ValueError: the folder was built from another config, or has shards and no teacher.json.
+        ValueError: the folder was built from another config, or has shards and no teacher.json that can be read.
     """
+    from data.dataset import read_teacher
     from data.shards import write_json
     from data.teacher import differences
 
@@ -156,7 +157,7 @@ def claim_folder(folder: Path, description: dict, is_main_process: bool) -> None
         if is_main_process:
             write_json(path, description)
         return
-    recorded, expected = json.loads(path.read_text()), dict(description)
+    recorded, expected = read_teacher(folder), dict(description)
     versions = differences(recorded.pop("versions", {}), expected.pop("versions"))
     if changed := differences(recorded, expected, complete=True):
         raise ValueError(

@@ -131,13 +131,16 @@ class PreviewDataset(Dataset):
 
 
 def read_teacher(folder: Path) -> dict:
-    """teacher.json of a dataset. Raises FileNotFoundError where there is none."""
+    """teacher.json of a dataset. Raises FileNotFoundError where there is none, ValueError where it cannot be read."""
     path = folder / "teacher.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no teacher.json, so it is no dataset. `python -m data.build` makes one."
         )
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}. Bring it back, or build the dataset again.") from error
 
 
 def find_shards(folder: Path, teacher: dict) -> list[Path]:

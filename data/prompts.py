@@ -154,7 +154,7 @@ def _open(
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts={str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
 

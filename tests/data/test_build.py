@@ -320,6 +320,12 @@ def test_shards_of_an_unknown_teacher_are_refused(models, copy):
         main(build_args(models, copy))
 
 
+def test_a_teacher_that_cannot_be_read_is_named(models, copy):
+    (copy / "teacher.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"teacher\.json cannot be read: .* Bring it back"):
+        main(build_args(models, copy))
+
+
 def test_other_versions_draw_a_warning(models, reference, copy, caplog):
     teacher = json.loads((copy / "teacher.json").read_text())
     teacher["versions"]["torch"] = "2.0"

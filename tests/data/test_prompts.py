@@ -122,6 +122,12 @@ def test_a_streamed_table_without_a_schema_has_columns_too(tmp_path):
     assert read_prompts(str(tmp_path / "captions.json")).texts == DISTINCT
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("a red ball\r\na red ball\r\na blue cube\r\n".encode("utf-8-sig"))
+    prompts = read_prompts(str(tmp_path / "prompts.txt"))
+    assert prompts.texts == ("a red ball", "a blue cube") and prompts.duplicates == 1
+
+
 def test_other_encodings_are_named(tmp_path):
     (tmp_path / "prompts.txt").write_bytes("un château rouge\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"prompts\.txt' is not UTF-8 text: .* at byte 5"):
