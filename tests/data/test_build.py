@@ -4,6 +4,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -263,7 +264,7 @@ def test_only_the_damaged_shard_is_built_again(models, reference, copy):
 # Skips
 
 
-def test_empty_and_repeated_prompts_are_counted(models, tmp_path, caplog):
+def test_empty_and_repeated_prompts_are_counted(models, tmp_path, caplog, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ball\n\na blue cube\na red ball\n  \na red ball\na green star\n")
     with caplog.at_level(logging.INFO, "data"):
@@ -271,6 +272,7 @@ def test_empty_and_repeated_prompts_are_counted(models, tmp_path, caplog):
     assert (report.rows, report.empty, report.duplicates) == (6, 2, 2)
     assert "2 empty and 2 repeated prompts" in caplog.text
     assert "2 empty and 2 repeated prompts" in (tmp_path / "out" / "README.md").read_text()
+    assert re.search(r"6/6 images, +[\d.]+ images/s, 00:00 left", capsys.readouterr().err)
 
 
 def test_rows_with_nan_are_counted(models, reference, tmp_path, caplog):
