@@ -10,6 +10,7 @@ same OMP_NUM_THREADS): batches are cut by row number, and process p of n renders
 
 import json
 import logging
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,8 +92,11 @@ def plan_rows(texts: Sequence[str], config: BuildConfig, sources: Sequence | Non
     def guidance_scale(i: int) -> float:
         if config.guidance_range is None:
             return float(config.guidance_scale[i % len(config.guidance_scale)])
-        # In tenths, so that rows share a value and can share a batch.
-        return round(random.Random(f"guidance:{config.first_seed + i}").uniform(*config.guidance_range), 1)
+        # In few values, so that rows can share a batch, and an iteration of training finds its prompts.
+        low, high = config.guidance_range
+        last = math.floor((high - low) / config.guidance_step + 1e-6)
+        drawn = random.Random(f"guidance:{config.first_seed + i}").randint(0, last)
+        return round(low + drawn * config.guidance_step, 6)
 
     k = config.seeds_per_prompt
     sources = sources or [None] * len(texts)
@@ -129,6 +133,7 @@ def describe(config: BuildConfig, teacher: "Teacher", prompts: "Prompts") -> dic
         **teacher.describe(),
         "guidance_scale": config.guidance_scale if config.guidance_range is None else None,
         "guidance_range": config.guidance_range,
+        **({} if config.guidance_range is None else {"guidance_step": config.guidance_step}),
         "prompts": source | {"count": len(prompts.texts), "sha256": prompts.sha256},
         "seeds_per_prompt": config.seeds_per_prompt,
         "first_seed": config.first_seed,

@@ -1,6 +1,7 @@
 """The config of `data.build`, on one screen."""
 
 import json
+import math
 from dataclasses import dataclass, field
 
 from data.command_line import DTYPES, are_numbers, as_list, check_dtype, check_whole
@@ -38,7 +39,10 @@ class BuildConfig:
     first_seed: int = field(default=0, metadata={"help": "seed of the first row"})
     guidance_scale: list[float] = field(default_factory=lambda: [7.5], metadata={"help": "cycled over the rows"})
     guidance_range: list[float] | None = field(
-        default=None, metadata={"help": "low and high, in place of guidance_scale: drawn for each row, in tenths"}
+        default=None, metadata={"help": "low and high, in place of guidance_scale: drawn for each row"}
+    )
+    guidance_step: float = field(
+        default=0.5, metadata={"help": "between the scales of guidance_range; an iteration of training stays at one"}
     )
     # Teacher
     scheduler: str = field(default=PUBLISHED_SCHEDULER, metadata={"help": "diffusers class of its solver"})
@@ -80,6 +84,9 @@ class BuildConfig:
         span = self.guidance_range
         if span is not None and not (are_numbers(span) and len(span) == 2 and span[0] < span[1]):
             raise ValueError(f"guidance_range={span!r}: expected two numbers, the lower one first.")
+        step = self.guidance_step
+        if not are_numbers([step]) or not 0 < step <= (math.inf if span is None else span[1] - span[0]):
+            raise ValueError(f"guidance_step={step!r}: expected more than 0, and no more than guidance_range spans.")
         if not isinstance(self.scheduler_kwargs, dict):
             raise ValueError(f"scheduler_kwargs={self.scheduler_kwargs!r}: expected a mapping.")
         if len(self.reward_models) != len(self.rewards):

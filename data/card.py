@@ -56,7 +56,9 @@ def dataset_card(description: dict, report: "Report") -> str:
         width=description["width"],
         height=description["height"],
         dtype=description["dtype"],
-        guidance=" to ".join(map(str, between)) if between else ", ".join(map(str, scales)),
+        guidance=f"{between[0]} to {between[1]} by {description['guidance_step']}"
+        if between
+        else ", ".join(map(str, scales)),
         count=description["prompts"]["count"],
         source=description["prompts"]["source"],
         edited=SOURCE if description["prompts"].get("edits") else "",

@@ -170,7 +170,10 @@ def learned(path: str, own: SchedulerMixin, untrained: bool = False) -> dict[str
 
 def load_solver(path: str, own: SchedulerMixin) -> ConsistencySolverScheduler:
     """A learned solver for pipelines with the noise schedule of `own`. Raises as `learned` does."""
-    solver = ConsistencySolverScheduler.from_pretrained(path)
+    try:
+        solver = ConsistencySolverScheduler.from_pretrained(path)
+    except OSError as error:
+        raise OSError(f"{path!r} is no learned solver: {error}") from error
     solver.check_compatible(own)
     return solver
 

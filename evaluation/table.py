@@ -152,8 +152,8 @@ def _signed(entry: dict) -> str:
     return f"{entry['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def _interval(entry: dict, scale: float = 1) -> str:
-    mean, low, high = ("∞" if x is None else f"{scale * x:.0f}" for x in (entry["mean"], *entry["ci95"]))
+def _interval(entry: dict, scale: float = 1, digits: int = 0) -> str:
+    mean, low, high = ("∞" if x is None else f"{scale * x:.{digits}f}" for x in (entry["mean"], *entry["ci95"]))
     return f"{mean} [{low}, {high}]"
 
 
@@ -167,14 +167,16 @@ def _workflow_lines(metrics: dict) -> list[str]:
         "prompts, over the prompts that ended with a picture.",
         "",
         "| guidance | solver | steps | NFE a picture, full only | NFE a picture, previews first | NFE saved "
-        "| time saved | false accepts | false rejects | found, full only | found, previews first |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| s a picture, full only | s a picture, previews first | time saved "
+        "| false accepts | false rejects | found, full only | found, previews first |",
+        "|---" * 13 + "|",
     ]
-    costs = ("full_only_nfe", "preview_first_nfe")
     shares = ("false_accepts", "false_rejects", "full_only_success", "preview_first_success")
     for entry in metrics["workflow"]:
         facts = [f"{entry['guidance_scale']:g}", entry["solver"], str(entry["steps"])]
-        facts += [_interval(entry[cost]) for cost in costs]
-        facts += [_interval(entry[share], scale=100) + " %" for share in ("saving_nfe", "saving_seconds", *shares)]
+        for unit, digits in (("nfe", 0), ("seconds", 1)):
+            facts += [_interval(entry[f"{way}_{unit}"], digits=digits) for way in ("full_only", "preview_first")]
+            facts += [_interval(entry[f"saving_{unit}"], scale=100) + " %"]
+        facts += [_interval(entry[share], scale=100) + " %" for share in shares]
         lines.append("| " + " | ".join(facts) + " |")
     return [*lines, ""]
