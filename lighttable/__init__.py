@@ -7,7 +7,9 @@
 | `visit`  | what one visitor has made: the sheet, the history, the files               |
 | `runs`   | a sheet, refinements, a comparison: each yields after every picture        |
 | `wording`| the sentences and tables of the page                                       |
+| `looks`  | style, colours, and the script that runs in the browser                    |
+| `components` | what is on the page, in order (gradio)                                 |
 | `page`   | the page (gradio), which only wires the others together                    |
 
-All but `page` work without gradio, and without a browser.
+All but the last three work without gradio, and without a browser.
 """

@@ -5,57 +5,8 @@ from dataclasses import dataclass, field
 import gradio as gr
 
 from evaluation.recipe import METHODS
-from lighttable.form import COMPARED, MOST_PICTURES, NAMES
+from lighttable.form import COMPARED, NAMES
 from lighttable.table import LightTable
-
-CSS = """
-.wrong {color: #b91c1c; font-weight: 600; margin: 0.25rem 0}
-.dark .wrong {color: #fca5a5}
-.said {margin: 0.25rem 0}
-.scores, .facts {border-collapse: collapse; width: 100%}
-.scores caption, .facts caption {text-align: left; font-weight: 600; padding: 0.25rem 0}
-.prose table :is(th, td) {border: 0; border-bottom: 1px solid var(--border-color-primary)}
-.prose table :is(th, td) {text-align: left; padding: 0.25rem 0.75rem 0.25rem 0}
-.prose table, .prose table tr {border: 0}
-.facts td {overflow-wrap: anywhere}
-.html-container {padding: 0}
-.cost {min-height: 1.75rem}
-.status {min-height: 2.5rem}
-.shelf .grid-container {padding-top: 1.75rem}
-.shelf .grid-wrap {min-height: 0; max-height: none}
-.shelf:has(.preview) .grid-wrap {min-height: 24rem}
-.shelf .caption-label {white-space: normal; text-align: left; max-height: 50%; overflow: hidden}
-#sheet .thumbnail-item {border: 0; box-shadow: none}
-footer .divider, .label-clear-button {display: none}
-button:focus-visible, input:focus-visible, textarea:focus-visible {outline: 3px solid var(--primary-500)}
-"""
-# A picture whose box is checked has a frame and a tick: without a question to the server, and for the keyboard too.
-CSS += "".join(
-    f"""
-body:has(#picks label:nth-of-type({n}) :checked) #sheet .gallery-item:nth-child({n}) {{
-    .thumbnail-item {{outline: 4px solid #1d4ed8}}
-    .caption-label::before {{content: "✓ "}}
-}}"""
-    for n in range(1, MOST_PICTURES + 1)
-)
-# A picture that is clicked checks its box, likewise at once: however quick the clicks are, none is lost.
-SCRIPT = """() => document.addEventListener("click", (event) => {
-    const picture = event.target.closest("#sheet .gallery-item");
-    if (picture) document.querySelectorAll("#picks input")[[...picture.parentNode.children].indexOf(picture)]?.click();
-})"""
-DARK_TEXT, LIGHT_TEXT = "*neutral_700", "*neutral_200"
-
-
-def theme() -> gr.themes.Base:
-    """gradio's own, with contrasts of at least 4.5 to 1 where that has less: labels, hints, buttons."""
-    texts = ("block_info_text_color", "block_label_text_color", "block_title_text_color", "body_text_color_subdued")
-    colours = dict.fromkeys(texts, DARK_TEXT) | {f"{name}_dark": LIGHT_TEXT for name in texts}
-    for button, fill in (("primary", "#1d4ed8"), ("cancel", "#b91c1c")):
-        for state in ("", "_hover"):
-            for mode in ("", "_dark"):
-                colours[f"button_{button}_background_fill{state}{mode}"] = fill
-                colours[f"button_{button}_text_color{state}{mode}"] = "white"
-    return gr.themes.Default(primary_hue="blue").set(**colours)
 
 
 @dataclass

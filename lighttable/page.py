@@ -15,8 +15,9 @@ import torch
 
 from evaluation.recipe import METHODS
 from lighttable import runs, wording
-from lighttable.components import CSS, SCRIPT, Parts, lay_out, theme
+from lighttable.components import Parts, lay_out
 from lighttable.form import Form, FormError, compared, picks, recipes
+from lighttable.looks import CSS, SCRIPT, theme
 from lighttable.table import LightTable, Stopped
 from lighttable.visit import Kept, Visit
 

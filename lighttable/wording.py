@@ -10,8 +10,8 @@ UNITS = {"pixels": "dB", "depth": "dB", "segmentation": "%", "ssim": "%"}  # of 
 
 
 def said(sentence: str) -> str:
-    """What happened, for the eye and for a screen reader."""
-    return f'<p class="said" role="status">{escape(sentence)}</p>' if sentence else ""
+    """What happened; the place where it is shown says it to a screen reader."""
+    return f'<p class="said">{escape(sentence)}</p>' if sentence else ""
 
 
 def wrong(sentence: str) -> str:
@@ -24,8 +24,8 @@ def costs(estimate: Estimate) -> str:
     time = "" if estimate.seconds is None else f", about {duration(estimate.seconds)}"
     renders = "1 full render" if estimate.pictures == 1 else f"{estimate.pictures} full renders"
     return (
-        f"{count(estimate.pictures, 'picture')}, {count(estimate.evaluations, 'network evaluation')}{time}: "
-        f"{estimate.share:.0%} of {renders}."
+        f"{count(estimate.pictures, 'picture')}, {count(estimate.evaluations, 'network evaluation')} (guidance counts "
+        f"once){time}: {estimate.share:.0%} of {renders}."
     )
 
 

@@ -8,6 +8,8 @@ from PIL import Image
 
 from evaluation.recipe import METHODS, Recipe, options
 from lighttable import runs
+from lighttable.form import Form
+from lighttable.form import recipes as recipes_of
 from lighttable.table import LightTable, Stopped
 from lighttable.visit import Visit
 from lighttable.wording import costs, facts_table, saved, scores_table
@@ -49,6 +51,13 @@ def test_methods_are_those_that_the_model_knows(sd_table, flux_table):
     assert flux_table.methods == list(METHODS)
     assert sd_table.methods == ["solver", "few", "full"]
     assert LightTable(sd_table.pipe, "sd").methods == ["few", "full"]
+
+
+def test_the_size_is_that_of_the_weights(sd_table, flux_table):
+    """The FluxPipeline answers 128 latents of 4 pixels, although this autoencoder says 32 pixels."""
+    assert sd_table.default_size == (16, 16)
+    assert flux_table.pipe.default_sample_size == 128 and flux_table.default_size == (32, 32)
+    assert recipes_of(Form("x", candidates=1), flux_table)[0].height == 32
 
 
 def test_seconds_are_of_this_device(sd_table, never):
@@ -161,5 +170,8 @@ def test_what_a_visitor_typed_is_text(sd_table):
 
 def test_sentences(sd_table, flux_table):
     estimate = sd_table.estimate(recipes(sd_table))._replace(seconds=100)
-    assert costs(estimate) == "3 pictures, 9 network evaluations, about 2 min: 50% of 3 full renders."
+    assert (
+        costs(estimate)
+        == "3 pictures, 9 network evaluations (guidance counts once), about 2 min: 50% of 3 full renders."
+    )
     assert saved(estimate, [6], 6) == "The sheet and 1 refinement took 83% of 3 full renders: 17% saved."

@@ -1,0 +1,110 @@
+"""How the page looks, and what it does in the browser by itself: style, script and theme."""
+
+import gradio as gr
+
+from lighttable.form import MOST_PICTURES
+
+CSS = """
+.wrong {color: #b91c1c; font-weight: 600; margin: 0.25rem 0}
+.dark .wrong {color: #fca5a5}
+.said {margin: 0.25rem 0}
+.scores, .facts {border-collapse: collapse; width: 100%}
+.scores caption, .facts caption {text-align: left; font-weight: 600; padding: 0.25rem 0}
+.prose table :is(th, td) {border: 0; border-bottom: 1px solid var(--border-color-primary)}
+.prose table :is(th, td) {text-align: left; padding: 0.25rem 0.75rem 0.25rem 0}
+.prose table, .prose table tr {border: 0}
+.facts td {overflow-wrap: anywhere}
+.html-container {padding: 0}
+.cost {min-height: 1.75rem}
+.status {min-height: 2.5rem}
+.shelf .grid-container {padding-top: 1.75rem}
+.shelf .grid-wrap {min-height: 0; max-height: none}
+.shelf:has(.preview) .grid-wrap {min-height: 24rem}
+.shelf .caption-label {white-space: normal; text-align: left; max-height: 50%; overflow: hidden}
+#sheet .thumbnail-item {border: 0; box-shadow: none}
+footer .divider, .label-clear-button {display: none}
+button:focus-visible, input:focus-visible, textarea:focus-visible {outline: 3px solid var(--primary-500)}
+"""
+# A picture whose box is checked has a frame and a tick: without a question to the server, and for the keyboard too.
+CSS += "".join(
+    f"""
+body:has(#picks label:nth-of-type({n}) :checked) #sheet .gallery-item:nth-child({n}) {{
+    .thumbnail-item {{outline: 4px solid #1d4ed8}}
+    .caption-label::before {{content: "✓ "}}
+}}"""
+    for n in range(1, MOST_PICTURES + 1)
+)
+# A picture that is clicked checks its box, likewise at once: however quick the clicks are, none is lost.
+PICK = """
+document.addEventListener("click", (event) => {
+    const picture = event.target.closest("#sheet .gallery-item");
+    if (picture) document.querySelectorAll("#picks input")[[...picture.parentNode.children].indexOf(picture)]?.click();
+});
+"""
+# gradio's slider over two pictures knows the mouse alone: it gets a name, a place in the order of Tab, and arrow keys,
+# which drag it as a mouse would.
+SLIDE = """
+const moves = {
+    ArrowLeft: -5, ArrowDown: -5, ArrowRight: 5, ArrowUp: 5, PageDown: -25, PageUp: 25, Home: -100, End: 100,
+};
+const place = (handle) => {  // of the picture in its frame, in pixels, and of the line on the picture, in percent
+    const frame = handle.parentNode.getBoundingClientRect(), picture = handle.parentNode.querySelector("img");
+    const width = Math.min(frame.width, frame.height * picture.naturalWidth / picture.naturalHeight);
+    const left = (frame.width - width) / 2, line = new DOMMatrix(getComputedStyle(handle).transform).m41;
+    return {frame, left, width, percent: Math.round(100 * (line - left) / width) || 0};
+};
+const drag = (handle, percent) => {
+    const {frame, left, width} = place(handle);
+    const there = {view: window, clientX: frame.left + left + width * percent / 100, clientY: frame.top + 1};
+    handle.dispatchEvent(new MouseEvent("mousedown", there));
+    window.dispatchEvent(new MouseEvent("mouseup", there));
+};
+const slide = (handle) => {
+    handle.tabIndex = 0;
+    Object.assign(handle, {role: "slider", ariaLabel: "Preview, and full render", ariaValueMin: 0, ariaValueMax: 100});
+    const tell = () => {
+        const {percent} = place(handle);
+        Object.assign(handle, {ariaValueNow: percent, ariaValueText: `${percent}% preview, ${100 - percent}% full`});
+    };
+    handle.addEventListener("keydown", (event) => {
+        const move = moves[event.key];
+        if (!move) return;
+        event.preventDefault();
+        drag(handle, Math.min(Math.max(place(handle).percent + move, 0), 100));
+    });
+    handle.parentNode.querySelectorAll("img").forEach((one, n) => { one.alt = ["Preview", "Full render"][n]; });
+    new MutationObserver(tell).observe(handle, {attributeFilter: ["style"]});
+    tell();
+};
+"""
+# What gradio names by a number, or not at all, is named by what is written on it; places for news say that they are.
+NAME = """
+const name = (one, label) => { if (label && one.ariaLabel !== label) one.ariaLabel = label; };
+const mend = () => {
+    for (const picture of document.querySelectorAll(".shelf .thumbnail-item"))
+        name(picture, picture.querySelector(".caption-label")?.textContent.trim());
+    for (const file of document.querySelectorAll(".file-preview tr"))
+        name(file.querySelector("a"), `Download ${file.querySelector(".filename").ariaLabel}, ` +
+            file.querySelector("a").textContent.trim());
+    for (const news of document.querySelectorAll(".status:not([role]), .cost:not([role])")) news.role = "status";
+    document.querySelectorAll("[data-testid=slider][role=none]").forEach(slide);
+};
+new MutationObserver(mend).observe(document.body, {childList: true, subtree: true, attributeFilter: ["aria-label"]});
+mend();
+"""
+SCRIPT = f"() => {{{PICK}{SLIDE}{NAME}}}"
+DARK_TEXT, LIGHT_TEXT = "*neutral_700", "*neutral_200"
+
+
+def theme() -> gr.themes.Base:
+    """gradio's own, with contrasts of at least 4.5 to 1 where that has less, and 3 to 1 around fields."""
+    texts = ("block_info_text_color", "block_label_text_color", "block_title_text_color", "body_text_color_subdued")
+    colours = dict.fromkeys(texts, DARK_TEXT) | {f"{name}_dark": LIGHT_TEXT for name in texts}
+    for button, fill in (("primary", "#1d4ed8"), ("cancel", "#b91c1c")):
+        for state in ("", "_hover"):
+            for mode in ("", "_dark"):
+                colours[f"button_{button}_background_fill{state}{mode}"] = fill
+                colours[f"button_{button}_text_color{state}{mode}"] = "white"
+    for field in ("input", "checkbox"):
+        colours |= {f"{field}_border_color": "*neutral_500", f"{field}_border_color_dark": "*neutral_400"}
+    return gr.themes.Default(primary_hue="blue").set(**colours)

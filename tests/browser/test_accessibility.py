@@ -1,0 +1,146 @@
+"""Contrast of everything on the page by WCAG 2.2 AA, and what a screen reader is told: in a headless Chromium."""
+
+import pytest
+from steps import make_sheet, prompt_of, says
+
+pytestmark = pytest.mark.browser
+TEXT, LARGE_TEXT, OUTLINE = 4.5, 3.0, 3.0  # WCAG 1.4.3 and 1.4.11
+WITH_A_NAME = (
+    "button checkbox combobox image img link listbox radio radiogroup searchbox slider spinbutton switch tab "
+)
+WITH_A_NAME = (WITH_A_NAME + "tabpanel textbox").split()
+
+
+@pytest.fixture(scope="module")
+def table(tiny_table):
+    return tiny_table
+
+
+# Of every text, and of every outline of a field, the contrast of the colours that Chromium computed: whatever is
+# transparent is laid over what is behind it, up to the page. Texts on pictures have a ground of their own.
+CONTRASTS = """() => {
+    const pen = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+    const rgba = (colour) => {
+        pen.clearRect(0, 0, 1, 1);
+        pen.fillStyle = colour;
+        pen.fillRect(0, 0, 1, 1);
+        const [r, g, b, a] = pen.getImageData(0, 0, 1, 1).data;
+        return [r, g, b, a / 255];
+    };
+    const over = ([r, g, b, a], ground) => [r, g, b].map((one, i) => one * a + ground[i] * (1 - a));
+    const ground = (element) => {
+        if (!element) return [255, 255, 255];
+        const colour = rgba(getComputedStyle(element).backgroundColor);
+        return colour[3] === 1 ? colour.slice(0, 3) : over(colour, ground(element.parentElement));
+    };
+    const opacity = (element) => element ? getComputedStyle(element).opacity * opacity(element.parentElement) : 1;
+    const light = (colour) => {
+        const linear = (c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+        const [r, g, b] = colour.map((one) => linear(one / 255));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const contrast = (a, b) => {
+        const [dark, bright] = [light(a), light(b)].sort((x, y) => x - y);
+        return (bright + 0.05) / (dark + 0.05);
+    };
+    const found = [];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const element = walker.currentNode.parentElement, text = walker.currentNode.textContent.trim();
+        if (!text || !element.checkVisibility({checkOpacity: true, checkVisibilityCSS: true})) continue;
+        if (element.closest("script, style, [aria-hidden=true], .sr-only, :disabled")) continue;
+        const style = getComputedStyle(element), behind = ground(element), colour = rgba(style.color);
+        const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+        const seen = over([...colour.slice(0, 3), colour[3] * opacity(element)], behind);
+        found.push({kind: large ? "large text" : "text", what: text.slice(0, 60), contrast: contrast(seen, behind)});
+    }
+    for (const field of document.querySelectorAll("input, textarea")) {
+        if (field.type === "hidden" || field.disabled || !field.checkVisibility({checkOpacity: true})) continue;
+        const behind = ground(field.parentElement), style = getComputedStyle(field), fill = ground(field);
+        const edge = parseFloat(style.borderTopWidth) ? over(rgba(style.borderTopColor), behind) : behind;
+        const best = Math.max(contrast(edge, behind), contrast(fill, behind));
+        found.push({kind: "outline", what: `${field.type} ${field.value}`.slice(0, 60), contrast: best});
+        if (field.matches("[type=checkbox], [type=radio]")) continue;
+        const value = over(rgba(style.color), fill);
+        found.push({kind: "text", what: `value ${field.value}`.slice(0, 60), contrast: contrast(value, fill)});
+    }
+    return found;
+}"""
+
+
+def states(page):
+    """Brings the page to its states, and tells the name of each."""
+    page.get_by_role("button", name="More settings").click()
+    page.get_by_role("button", name="Make the proof sheet").click()
+    says(page, "Write a prompt")
+    yield "wrong"
+    make_sheet(page, candidates=2)
+    page.get_by_role("checkbox", name="1 · seed 7").check()
+    page.get_by_role("button", name="Refine the picked pictures").click()
+    says(page, "refinement took")
+    yield "refined"
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    says(page, "4 of 4 pictures.")
+    yield "compare"
+    page.get_by_role("tab", name="History").click()
+    page.get_by_role("button", name="seed 7").last.click()
+    says(page, "How it was made")
+    yield "history"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(scheme, visit):
+    page = visit(color_scheme=scheme)
+    for state in states(page):
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(500)  # colours fade in
+        seen = page.evaluate(CONTRASTS)
+        assert len([one for one in seen if one["kind"] == "outline"]) >= 10 and len(seen) > 30
+        least = {"text": TEXT, "large text": LARGE_TEXT, "outline": OUTLINE}
+        low = [one for one in seen if one["contrast"] < least[one["kind"]] - 0.005]
+        assert not low, f"{scheme}, {state}: {low}"
+
+
+def nodes(page):
+    """(role, name, properties) of all that a screen reader can come to."""
+    session = page.context.new_cdp_session(page)
+    for node in session.send("Accessibility.getFullAXTree")["nodes"]:
+        if not node["ignored"]:
+            properties = {one["name"]: one["value"].get("value") for one in node.get("properties", ())}
+            yield node["role"]["value"], node.get("name", {}).get("value", "").strip(), properties
+
+
+def test_a_screen_reader_is_told_every_name_and_role(visit):
+    page = visit()
+    expected = {
+        "wrong": {
+            ("textbox", "Prompt"), ("radio", "Plain few steps"), ("spinbutton", "Steps"), ("spinbutton", "Candidates"),
+            ("spinbutton", "First seed"), ("checkbox", "Random"), ("textbox", "Negative prompt"),
+            ("spinbutton", "Guidance"), ("spinbutton", "Steps of a full render"), ("spinbutton", "Height in pixels"),
+            ("spinbutton", "Width in pixels"), ("button", "Make the proof sheet"), ("button", "Stop"),
+            ("tab", "Proof sheet"), ("tab", "Compare"), ("tab", "History"),
+        },
+        "refined": {
+            ("checkbox", "1 · seed 7"), ("button", "2 · seed 8"), ("button", "Refine the picked pictures"),
+            ("slider", "Preview, and full render"), ("image", "Preview"), ("image", "Full render"),
+            ("button", "Full render, 40 steps, seed 7"), ("columnheader", "pixels (dB)"),
+        },
+        "compare": {("checkbox", "Full render"), ("button", "Compare")},
+        "history": {("link", "Download 001-"), ("rowheader", "prompt")},
+    }  # fmt: skip
+    for state in states(page):
+        told = list(nodes(page))
+        named = {(role, name) for role, name, _ in told}
+        nameless = [(role, properties) for role, name, properties in told if role in WITH_A_NAME and not name]
+        assert not nameless, f"{state}: {nameless}"
+        focusable = [(role, name) for role, name, properties in told if properties.get("focusable") and not name]
+        assert not [one for one in focusable if one[0] not in ("RootWebArea", "generic")], f"{state}: {focusable}"
+        missing = {
+            (role, name)
+            for role, name in expected[state]
+            if not any(r == role and n.startswith(name) for r, n in named)
+        }
+        assert not missing, f"{state}: {missing}; there are {sorted(named)}"
+    live = page.locator(".status[role=status], .cost[role=status]")
+    assert live.count() >= 3 and prompt_of(page).get_attribute("aria-label") is None  # named by its visible label

@@ -1,0 +1,55 @@
+"""What is wrong is said next to its field, what is typed is text, and the server lives on: in a headless Chromium."""
+
+import pytest
+from steps import api, make_sheet, prompt_of, says
+
+pytestmark = pytest.mark.browser
+HTML = '<img src=x onerror="alert(1)"> ring'
+
+
+@pytest.fixture(scope="module")
+def table(tiny_table):
+    return tiny_table
+
+
+@pytest.mark.parametrize(
+    "label, typed, sentence",
+    [
+        ("Prompt", "", "Write a prompt: what the picture shows."),
+        ("Prompt", "x" * 10_000, "10,000 characters; a prompt has at most 1,000."),
+        ("Candidates", "500", "Candidates 500: expected a whole number from 1 to 64."),
+        ("First seed", "-1", "The first seed -1: expected a whole number from 0 to"),
+        ("First seed", "1e30", "The first seed 1e+30: expected a whole number from 0 to"),
+        ("Height in pixels", "17", "needs multiples of 2"),
+    ],
+)
+def test_what_is_wrong_is_said_below_its_field(label, typed, sentence, visit):
+    page = visit()
+    errors = []
+    page.on("pageerror", errors.append)
+    prompt_of(page).fill("a red ring")
+    page.get_by_role("button", name="More settings").click()
+    field = page.get_by_label(label, exact=True) if label != "Prompt" else prompt_of(page)
+    field.fill(typed)
+    page.get_by_role("button", name="Make the proof sheet").click()
+    alert = page.get_by_role("alert").filter(has_text=sentence)
+    api.expect(alert).to_be_visible()
+    below = alert.bounding_box()["y"] - field.bounding_box()["y"]
+    assert 0 < below < 250  # pixels: below the field, or below the row that it is in
+    assert page.get_by_text("Traceback").count() == 0 and not errors
+    field.fill({"Prompt": "a blue cube", "Candidates": "1", "First seed": "7"}.get(label, "16"))
+    page.get_by_role("button", name="Make the proof sheet").click()
+    says(page, "1 picture." if label == "Candidates" else "of 8 pictures.")
+    api.expect(alert).to_have_count(0)
+
+
+def test_html_is_text(visit):
+    page = visit()
+    dialogs = []
+    page.on("dialog", lambda dialog: (dialogs.append(1), dialog.dismiss()))
+    make_sheet(page, prompt=f"{HTML}\na red ring", candidates=1)
+    api.expect(page.locator("#sheet .caption-label").first).to_contain_text(HTML)
+    page.get_by_role("tab", name="History").click()
+    page.get_by_role("button", name="seed 7").last.click()
+    api.expect(page.get_by_role("row").filter(has_text="prompt").first).to_contain_text(HTML)
+    assert not dialogs and page.locator("img[onerror]").count() == 0
