@@ -5,8 +5,9 @@
 
 The user is that of `evaluation.workflow`: draws seeds, and accepts a picture whose caption check passes. Every seed is
 rendered both ways, one picture at a time as on the page; `simulate` then says what each way of working costs for an
-accepted picture, in seconds on this machine and in network evaluations. Deciding takes this user no time. (A half-size
-preview is refined from its checkpoint, which is cheaper than the full render that is counted here.) One row a method.
+accepted picture, in seconds on this machine and in network evaluations (guidance counts once). Deciding takes this
+user no time. A half-size preview is refined from its checkpoint: one of each prompt is, and those are timed. One row a
+method; the full renders are made once for all.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import torch
@@ -29,6 +31,7 @@ from lighttable.table import LightTable, Picture
 from rewards import Reward, load_reward
 
 WAYS = ("full_only", "preview_first")
+UNITS = ("seconds", "evaluations")
 
 
 def accepted(checker: Reward, picture: Picture) -> bool:
@@ -36,49 +39,82 @@ def accepted(checker: Reward, picture: Picture) -> bool:
     return bool(caption_check(checker.features(to_tensor(picture.image)[None]), [picture.recipe.prompt]))
 
 
-def measure(table: LightTable, checker: Reward, base: Recipe, prompts: list[str], seeds: int) -> dict:
-    """Both ways of working with one kind of previews.
+class Seen(NamedTuple):
+    """What all prompts and seeds gave: which pictures passed, bool (P, S), and what one took (median seconds)."""
+
+    passes_PS: torch.Tensor
+    seconds: float
+    evaluations: int
+
+
+def look(table: LightTable, checker: Reward, base: Recipe, prompts: list[str], seeds: int) -> tuple[Seen, Seen | None]:
+    """Makes the pictures of a method one by one, and checks each.
 
     Args:
         table: the light table.
         checker: segmentation reward, whose labels are checked against the prompts.
-        base: the previews' method, steps and guidance, and the steps of a full render.
+        base: method, steps and guidance.
         prompts: P of them.
         seeds: S of each, 0 .. S-1.
 
     Returns:
-        what `simulate` says in `seconds` and in `evaluations`, and the median seconds of a picture.
+        what was seen, and, if the previews have begun their full renders, what it took to finish the first of each
+        prompt (and nothing of whether it passes: it is the full render).
     """
-    never, passes, seconds, evaluations = threading.Event(), {}, {}, {}
+    never, passes, seconds, finished = threading.Event(), [], [], []
     pairs = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
-    for way, recipe in (("preview", base), ("full", base.full)):
-        made = table.make([replace(recipe, prompt=prompt, seed=seed) for prompt, seed in pairs], never)
-        seen = [(accepted(checker, picture), picture.seconds, picture.evaluations) for picture in made]
-        passes[way] = torch.tensor([ok for ok, _, _ in seen]).reshape(len(prompts), seeds)
-        seconds[way] = statistics.median(time for _, time, _ in seen)
-        evaluations[way] = seen[0][2]
-    return {
-        "method": base.method,
-        "steps": base.steps,
-        "seconds_per_picture": seconds,
-        "evaluations_per_picture": evaluations,
-        "seconds": simulate(passes["preview"], passes["full"], seconds["preview"], seconds["full"]),
-        "evaluations": simulate(passes["preview"], passes["full"], evaluations["preview"], evaluations["full"]),
-    }
+    for picture in table.make([replace(base, prompt=prompt, seed=seed) for prompt, seed in pairs], never):
+        passes.append(accepted(checker, picture))
+        seconds.append(picture.seconds)
+        if picture.checkpoint is not None and picture.recipe.seed == 0:
+            finished.append(table.refine(picture, never))
+    passes_PS = torch.tensor(passes).reshape(len(prompts), seeds)
+    seen = Seen(passes_PS, statistics.median(seconds), picture.evaluations)
+    if not finished:
+        return seen, None
+    return seen, Seen(passes_PS, statistics.median(one.seconds for one in finished), finished[0].evaluations)
+
+
+def measure(table: LightTable, checker: Reward, base: Recipe, full: Seen, prompts: list[str], seeds: int) -> dict:
+    """Both ways of working with one kind of previews.
+
+    Args:
+        table, checker, prompts, seeds: as in `look`.
+        base: the previews' method, steps and guidance, and the steps of a full render.
+        full: what the full renders gave.
+
+    Returns:
+        what `simulate` says in `seconds` and in `evaluations`, and what one picture took.
+    """
+    preview, refined = look(table, checker, base, prompts, seeds)
+    took = {"preview": preview, "full": full, "refine": refined or full}
+    row = {"method": base.method, "steps": base.steps}
+    for unit in UNITS:
+        each = {name: getattr(seen, unit) for name, seen in took.items()}
+        costs = {"preview_cost": each["preview"], "full_cost": each["full"], "refine_cost": each["refine"]}
+        row |= {f"{unit}_per_picture": each, unit: simulate(preview.passes_PS, full.passes_PS, **costs)}
+    return row
 
 
 def as_table(rows: list[dict]) -> str:
-    """The rows for people."""
-    lines = [f"{'previews':<36}{'s/preview':>10}{'s/full':>8}{'full only':>11}{'sheet first':>13}{'saved':>18}"]
+    """The rows for people, once in each unit."""
+    lines = [
+        "| previews | unit | a preview | a full render | to finish one | full renders only | sheet first | saved |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        seconds, per = row["seconds"], row["seconds_per_picture"]
-        cost = ["never" if seconds[way]["mean"] is None else f"{seconds[way]['mean']:.1f} s" for way in WAYS]
-        saving = seconds["saving"]
-        low, high = ("?" if end is None else f"{end:.0%}" for end in saving["ci95"])
-        saved = "?" if saving["mean"] is None else f"{saving['mean']:.0%} [{low}, {high}]"
-        name = f"{METHODS[row['method']]}, {row['steps']} steps"
-        lines.append(f"{name:<36}{per['preview']:>10.2f}{per['full']:>8.2f}{cost[0]:>11}{cost[1]:>13}{saved:>18}")
+        name = METHODS[row["method"]] + ("" if row["method"] == "half" else f", {row['steps']} steps")
+        for unit in UNITS:
+            each = (f"{row[f'{unit}_per_picture'][one]:.4g}" for one in ("preview", "full", "refine"))
+            cells = [name, unit, *each, *(_interval(row[unit][way], ".4g") for way in WAYS)]
+            lines.append(f"| {' | '.join([*cells, _interval(row[unit]['saving'], '.0%')])} |")
     return "\n".join(lines)
+
+
+def _interval(estimate: dict, style: str) -> str:
+    """86 [40, never]: a mean and its 95 % interval; None is a picture that never comes."""
+    mean, low, high = ("never" if one is None else format(one, style) for one in (estimate["mean"], *estimate["ci95"]))
+    return f"{mean} [{low}, {high}]"
 
 
 def main(args: list[str] | None = None) -> list[dict]:
@@ -101,11 +137,14 @@ def main(args: list[str] | None = None) -> list[dict]:
     table.warm_up()
     checker = load_reward("segmentation", model=given.checker, device=table.pipe.device)
     prompts = list(read_prompts("scenes:test", given.prompts).texts)
+    height, width = table.default_size
+    plain = Recipe("", 0, "full", given.full_steps, given.full_steps, given.guidance_scale, "", height, width)
+    full, _ = look(table, checker, plain, prompts, given.seeds)
     rows = []
     for method in given.methods or (["solver", "few"] if given.solver else ["few"]):
         solver = given.solver if method in LEARNED else None
-        base = Recipe("", 0, method, given.steps, given.full_steps, given.guidance_scale, solver=solver)
-        rows.append(measure(table, checker, base, prompts, given.seeds))
+        base = replace(plain, method=method, steps=given.steps, solver=solver)
+        rows.append(measure(table, checker, base, full, prompts, given.seeds))
     print(as_table(rows))
     if given.output:
         versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine()}

@@ -33,6 +33,7 @@ def simulate(
     preview_cost: float,
     full_cost: float,
     resamples: int = 2000,
+    refine_cost: float | None = None,
 ) -> dict[str, dict]:
     """Both ways of working on the same prompts and seeds.
 
@@ -40,6 +41,7 @@ def simulate(
         preview_PS, full_PS: which previews and full renders pass the check, bool.
         preview_cost, full_cost: of one picture, in any unit: network evaluations, seconds.
         resamples: of the bootstrap over prompts.
+        refine_cost: of finishing a preview, if that is not `full_cost`: a half-size one has begun its full render.
 
     Returns:
         Each with `mean` and `ci95`, in which None stands for infinity: `full_only` and `preview_first`, the cost of an
@@ -51,7 +53,8 @@ def simulate(
     full_draws_P, draws_P = draws_until_accepted(full_PS), draws_until_accepted(both_PS)
     refined_P = (preview_PS & (seeds < draws_P[:, None])).sum(dim=1)
     success = {"full_only": full_PS.any(dim=1), "preview_first": both_PS.any(dim=1)}
-    cost = {"full_only": full_draws_P * full_cost, "preview_first": draws_P * preview_cost + refined_P * full_cost}
+    refine_cost = full_cost if refine_cost is None else refine_cost
+    cost = {"full_only": full_draws_P * full_cost, "preview_first": draws_P * preview_cost + refined_P * refine_cost}
     succeeded = {way: mean(found_P, resamples) for way, found_P in success.items()}
     paid = {way: _ratio(mean(cost[way], resamples), succeeded[way]) for way in cost}
     fraction = _ratio(paid["preview_first"], paid["full_only"])

@@ -52,3 +52,10 @@ def test_an_interval_has_an_infinite_end_where_some_resamples_find_nothing():
     result = simulate(full, full, preview_cost=5, full_cost=40)
     low, high = result["full_only"]["ci95"]
     assert low == pytest.approx(40) and high is None
+
+
+def test_finishing_a_preview_may_cost_less_than_a_full_render():
+    full = table("0001", "0100")
+    result = simulate(full, full, preview_cost=5, full_cost=40, refine_cost=30)
+    assert result["preview_first"]["mean"] == pytest.approx(5 * 6 / 2 + 30)
+    assert result["full_only"]["mean"] == pytest.approx(40 * 6 / 2)
