@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo app test test-slow test-browser lint clean
+.PHONY: demo app test test-slow test-browser screenshots lint clean
 
 demo: .venv/installed
 	$(BIN)/python -m data.build --config configs/build_demo.yaml
@@ -33,6 +33,11 @@ test-browser: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet playwright
 	command -v chromium > /dev/null || $(BIN)/python -m playwright install chromium
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser tests/browser
+
+# Pictures of every page, for docs; SOLVER=folder adds the learned solver.
+screenshots: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet playwright
+	HF_HUB_OFFLINE=1 SCREENSHOTS=docs/light_table $(BIN)/python -m pytest -m browser tests/browser/test_light_table.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

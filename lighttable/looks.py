@@ -23,7 +23,9 @@ CSS = """
 .shelf .caption-label {white-space: normal; text-align: left; max-height: 50%; overflow: hidden}
 #sheet .thumbnail-item {border: 0; box-shadow: none}
 footer .divider, .label-clear-button {display: none}
-button:focus-visible, input:focus-visible, textarea:focus-visible {outline: 3px solid var(--primary-500)}
+:is(button, input, textarea, a, [role=slider]):focus-visible {outline: 3px solid var(--primary-500)}
+button[role=tab][aria-selected=true] {color: #1d4ed8}
+.dark button[role=tab][aria-selected=true] {color: #93c5fd}
 """
 # A picture whose box is checked has a frame and a tick: without a question to the server, and for the keyboard too.
 CSS += "".join(
@@ -72,7 +74,6 @@ const slide = (handle) => {
         event.preventDefault();
         drag(handle, Math.min(Math.max(place(handle).percent + move, 0), 100));
     });
-    handle.parentNode.querySelectorAll("img").forEach((one, n) => { one.alt = ["Preview", "Full render"][n]; });
     new MutationObserver(tell).observe(handle, {attributeFilter: ["style"]});
     tell();
 };
@@ -83,11 +84,16 @@ const name = (one, label) => { if (label && one.ariaLabel !== label) one.ariaLab
 const mend = () => {
     for (const picture of document.querySelectorAll(".shelf .thumbnail-item"))
         name(picture, picture.querySelector(".caption-label")?.textContent.trim());
-    for (const file of document.querySelectorAll(".file-preview tr"))
-        name(file.querySelector("a"), `Download ${file.querySelector(".filename").ariaLabel}, ` +
-            file.querySelector("a").textContent.trim());
+    for (const link of document.querySelectorAll(".file-preview tr a"))
+        name(link, `Download ${link.closest("tr").querySelector(".filename").ariaLabel}, ${link.textContent.trim()}`);
+    for (const panel of document.querySelectorAll("[role=tabpanel]"))
+        name(panel, document.querySelector(`[role=tab][aria-controls="${panel.id}"]`)?.textContent.trim());
+    for (const icon of document.querySelectorAll("svg:not([aria-hidden])")) icon.ariaHidden = "true";
     for (const news of document.querySelectorAll(".status:not([role]), .cost:not([role])")) news.role = "status";
-    document.querySelectorAll("[data-testid=slider][role=none]").forEach(slide);
+    for (const handle of document.querySelectorAll("[data-testid=slider]")) {
+        if (handle.role === "none") slide(handle);
+        handle.parentNode.querySelectorAll("img").forEach((one, n) => { one.alt = ["Preview", "Full render"][n]; });
+    }
 };
 new MutationObserver(mend).observe(document.body, {childList: true, subtree: true, attributeFilter: ["aria-label"]});
 mend();
@@ -105,6 +111,8 @@ def theme() -> gr.themes.Base:
             for mode in ("", "_dark"):
                 colours[f"button_{button}_background_fill{state}{mode}"] = fill
                 colours[f"button_{button}_text_color{state}{mode}"] = "white"
+    for state in ("", "_hover", "_visited", "_active"):
+        colours |= {f"link_text_color{state}": "*secondary_700", f"link_text_color{state}_dark": "*secondary_300"}
     for field in ("input", "checkbox"):
         colours |= {f"{field}_border_color": "*neutral_500", f"{field}_border_color_dark": "*neutral_400"}
     return gr.themes.Default(primary_hue="blue").set(**colours)

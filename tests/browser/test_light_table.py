@@ -76,18 +76,21 @@ def test_by_keyboard_alone(visit):
     api.expect(line).to_have_attribute("aria-valuetext", "0% preview, 100% full")
 
 
-def test_a_stop_and_a_reload_in_the_middle(visit):
-    page = visit()
+def test_a_stop_and_a_reload_in_the_middle(visit, table):
+    page, evaluations = visit(), []
+    hook = table.pipe.unet.register_forward_pre_hook(lambda *given: evaluations.append(1))
     ask(page, candidates=64)
     page.get_by_role("button", name="Make the proof sheet").click()
-    says(page, "2 of 64 pictures.")
+    says(page, "1 of 64 pictures.")
     page.get_by_role("button", name="Stop").first.click()
     says(page, "Stopped.")
     page.get_by_role("button", name="Make the proof sheet").click()
     says(page, "1 of 64 pictures.")
     page.reload()
     page.get_by_role("button", name="Make the proof sheet").wait_for()
-    make_sheet(page, candidates=2)  # the device is free
+    make_sheet(page, candidates=2)
+    hook.remove()
+    assert len(evaluations) < 64 * 5  # neither of the two runs of 64 pictures in 5 steps went on
 
 
 def test_a_comparison(visit):

@@ -2,7 +2,9 @@
 
 import json
 import threading
+import time
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,6 +182,36 @@ def test_nothing_outside_of_the_output_folder_is_served(page, models, tmp_path):
     for path in (tmp_path / "file.txt", inside, "app.py", "README.md", "/etc/passwd", around):
         answer = visitor.get(path)
         assert answer.status_code in (403, 404) and len(answer.text) < 200 and "classified" not in answer.text
+
+
+@pytest.mark.parametrize("name", ["evil.html", "evil.svg", "../../evil.py"])
+def test_what_is_uploaded_is_neither_shown_nor_run(name, page, tmp_path):
+    visitor = Visitor(page, "smuggler")
+    script = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+    (path,) = visitor.http.post("/upload", files={"files": (name, script)}).raise_for_status().json()
+    assert events(page).output.parent in Path(path).resolve().parents
+    answer = visitor.get(path)
+    assert answer.headers["content-disposition"].startswith("attachment")  # a browser saves it
+    large = visitor.http.post("/upload", files={"files": (name, b"x" * 2000)})
+    assert large.status_code == 413
+
+
+def test_the_queue_has_a_limit(sd_table, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", "unset")
+        page = serve(sd_table, tmp_path, waiting=1, prevent_thread_lock=True, quiet=True)
+    visitors = [Visitor(page, f"visitor {n}") for n in range(3)]
+    asked, answers = {"Prompt": "x", "Candidates": 1}, []
+    with sd_table._turn(threading.Event()):  # the device is taken
+        for visitor in visitors:
+            answers.append(visitor.http.post("/queue/join", json=visitor.body("make_sheet", asked)))
+            while len(answers) == 1 and len(page._queue):  # the first of them leaves the queue, for the device
+                time.sleep(0.05)
+        for visitor in visitors:
+            visit_of(page, visitor).stop.set()
+    page.close()
+    assert [answer.status_code for answer in answers] == [200, 200, 503]
+    assert "Queue is full" in answers[2].text
 
 
 def test_memory_is_named(page, sd_table, monkeypatch):
