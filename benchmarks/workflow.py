@@ -107,13 +107,14 @@ def as_table(rows: list[dict]) -> str:
         for unit in UNITS:
             each = (f"{row[f'{unit}_per_picture'][one]:.4g}" for one in ("preview", "full", "refine"))
             cells = [name, unit, *each, *(_interval(row[unit][way], ".4g") for way in WAYS)]
-            lines.append(f"| {' | '.join([*cells, _interval(row[unit]['saving'], '.0%')])} |")
+            lines.append(f"| {' | '.join([*cells, _interval(row[unit]['saving'], '.0%', '?')])} |")
     return "\n".join(lines)
 
 
-def _interval(estimate: dict, style: str) -> str:
-    """86 [40, never]: a mean and its 95 % interval; None is a picture that never comes."""
-    mean, low, high = ("never" if one is None else format(one, style) for one in (estimate["mean"], *estimate["ci95"]))
+def _interval(estimate: dict, style: str, unbounded: str = "never") -> str:
+    """86 [40, never]: a mean and its 95 % interval; of costs, infinity is a picture that never comes."""
+    numbers = (estimate["mean"], *estimate["ci95"])
+    mean, low, high = (unbounded if one is None else format(one, style) for one in numbers)
     return f"{mean} [{low}, {high}]"
 
 

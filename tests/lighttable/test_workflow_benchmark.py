@@ -43,4 +43,4 @@ def test_half_size_previews_are_finished_for_what_is_left(models, tmp_path):
 
 def test_the_table_says_what_never_comes():
     assert _interval({"mean": 86.04, "ci95": [40.0, None]}, ".4g") == "86.04 [40, never]"
-    assert _interval({"mean": None, "ci95": [None, None]}, ".0%") == "never [never, never]"
+    assert _interval({"mean": 0.68, "ci95": [None, 0.8]}, ".0%", "?") == "68% [?, 80%]"
