@@ -25,13 +25,15 @@ CSS = """
 footer .divider, .label-clear-button {display: none}
 :is(button, input, textarea, a, [role=slider]):focus-visible {outline: 3px solid var(--primary-500)}
 button[role=tab][aria-selected=true] {color: #1d4ed8}
+body {--picked: #1d4ed8}
+body.dark {--picked: #93c5fd}
 .dark button[role=tab][aria-selected=true] {color: #93c5fd}
 """
 # A picture whose box is checked has a frame and a tick: without a question to the server, and for the keyboard too.
 CSS += "".join(
     f"""
 body:has(#picks label:nth-of-type({n}) :checked) #sheet .gallery-item:nth-child({n}) {{
-    .thumbnail-item {{outline: 4px solid #1d4ed8}}
+    .thumbnail-item {{outline: 4px solid var(--picked)}}
     .caption-label::before {{content: "✓ "}}
 }}"""
     for n in range(1, MOST_PICTURES + 1)
@@ -89,6 +91,7 @@ const mend = () => {
     for (const panel of document.querySelectorAll("[role=tabpanel]"))
         name(panel, document.querySelector(`[role=tab][aria-controls="${panel.id}"]`)?.textContent.trim());
     for (const icon of document.querySelectorAll("svg:not([aria-hidden])")) icon.ariaHidden = "true";
+    for (const copy of document.querySelectorAll(".shelf img:not([alt])")) copy.alt = "";  // its button has a name
     for (const news of document.querySelectorAll(".status:not([role]), .cost:not([role])")) news.role = "status";
     for (const handle of document.querySelectorAll("[data-testid=slider]")) {
         if (handle.role === "none") slide(handle);

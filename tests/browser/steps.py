@@ -49,7 +49,9 @@ def shoot(page, name):
         Path(folder).mkdir(parents=True, exist_ok=True)
         page.mouse.move(0, 0)
         with Image.open(BytesIO(page.screenshot(full_page=True, animations="disabled"))) as image:
-            image.convert("RGB").quantize(256).save(Path(folder) / f"{name}.png", optimize=True)
+            colours = image.convert("RGB").quantize(256)
+            dithered = image.convert("RGB").quantize(palette=colours, dither=Image.Dither.FLOYDSTEINBERG)
+        dithered.save(Path(folder) / f"{name}.png", optimize=True)
 
 
 def shown(page, gallery="#sheet"):

@@ -37,7 +37,7 @@ def test_a_half_size_preview_goes_on_with_its_own_steps(method, visit, table, tm
     make_sheet(page, candidates=2)
     previews = shown(page)
     words = ["--model", "zoo/mini-flux", "--prompt", PROMPT, "--seed", "8", "--steps", str(FULL_STEPS)]
-    words += ["--guidance_scale", "3", "--output", str(tmp_path / "previews")]
+    words += ["--height", "128", "--width", "128", "--guidance_scale", "3", "--output", str(tmp_path / "previews")]
     words += ["--small_steps", "4", "--solver", table.solver] if method == "both" else []
     main(["preview", *words])
     with Image.open(tmp_path / "previews" / "1.png") as alone:
@@ -57,7 +57,7 @@ def test_a_half_size_preview_goes_on_with_its_own_steps(method, visit, table, tm
     assert set(tokens) == {16 * 16} and len(tokens) == 2 * (FULL_STEPS - 4)  # 128 pixels; prompt and negative prompt
     (refined,) = shown(page, ".shelf:has-text('Refined')")
     assert refined.size == (128, 128)
-    whole = Recipe(PROMPT, 8, "full", steps=FULL_STEPS, full_steps=FULL_STEPS)
+    whole = Recipe(PROMPT, 8, "full", FULL_STEPS, FULL_STEPS, height=128, width=128)
     (never_left,) = table.make([whole], threading.Event())
     assert never_left.image.tobytes() == refined.tobytes()
     shoot(page, f"flux_{method}")
