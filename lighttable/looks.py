@@ -84,14 +84,16 @@ const slide = (handle) => {
 NAME = """
 const name = (one, label) => { if (label && one.ariaLabel !== label) one.ariaLabel = label; };
 const mend = () => {
-    for (const picture of document.querySelectorAll(".shelf .thumbnail-item"))
-        name(picture, picture.querySelector(".caption-label")?.textContent.trim());
+    for (const picture of document.querySelectorAll(".shelf .thumbnail-item")) {
+        const image = picture.querySelector("img");
+        name(picture, picture.querySelector(".caption-label")?.textContent.trim() || image?.title);
+        if (image && !image.alt) image.ariaHidden = "true";  // the button has its name
+    }
     for (const link of document.querySelectorAll(".file-preview tr a"))
         name(link, `Download ${link.closest("tr").querySelector(".filename").ariaLabel}, ${link.textContent.trim()}`);
     for (const panel of document.querySelectorAll("[role=tabpanel]"))
         name(panel, document.querySelector(`[role=tab][aria-controls="${panel.id}"]`)?.textContent.trim());
     for (const icon of document.querySelectorAll("svg:not([aria-hidden])")) icon.ariaHidden = "true";
-    for (const copy of document.querySelectorAll(".shelf img:not([alt])")) copy.alt = "";  // its button has a name
     for (const news of document.querySelectorAll(".status:not([role]), .cost:not([role])")) news.role = "status";
     for (const handle of document.querySelectorAll("[data-testid=slider]")) {
         if (handle.role === "none") slide(handle);

@@ -1,7 +1,7 @@
 """What is wrong is said next to its field, what is typed is text, and the server lives on: in a headless Chromium."""
 
 import pytest
-from steps import api, make_sheet, prompt_of, says
+from steps import SECONDS, api, make_sheet, prompt_of, says
 
 pytestmark = pytest.mark.browser
 HTML = '<img src=x onerror="alert(1)"> ring'
@@ -10,6 +10,15 @@ HTML = '<img src=x onerror="alert(1)"> ring'
 @pytest.fixture(scope="module")
 def table(tiny_table):
     return tiny_table
+
+
+def settled(page, element):
+    """The box of an element that the page may be about to draw anew."""
+    for _ in range(100):
+        if element.count() and (box := element.bounding_box()):
+            return box
+        page.wait_for_timeout(0.1 * SECONDS)
+    raise AssertionError(f"{element} does not stay.")
 
 
 @pytest.mark.parametrize(
@@ -26,21 +35,22 @@ def table(tiny_table):
 def test_what_is_wrong_is_said_below_its_field(label, typed, sentence, visit):
     page = visit()
     errors = []
-    page.on("pageerror", errors.append)
-    prompt_of(page).fill("a red ring")
+    page.on("pageerror", lambda error: errors.append(error))
+    if label != "Prompt":
+        prompt_of(page).fill("a red ring")
     page.get_by_role("button", name="More settings").click()
     field = page.get_by_label(label, exact=True) if label != "Prompt" else prompt_of(page)
     field.fill(typed)
     page.get_by_role("button", name="Make the proof sheet").click()
     alert = page.get_by_role("alert").filter(has_text=sentence)
-    api.expect(alert).to_be_visible()
-    box = field.bounding_box()
-    assert -5 < alert.bounding_box()["y"] - (box["y"] + box["height"]) < 150  # pixels: below its field, or its row
+    api.expect(alert).to_be_visible(timeout=60 * SECONDS)
+    box = settled(page, field)
+    assert -5 < settled(page, alert)["y"] - (box["y"] + box["height"]) < 150  # pixels: below its field, or its row
     assert page.get_by_text("Traceback").count() == 0 and not errors
     field.fill({"Prompt": "a blue cube", "Candidates": "1", "First seed": "7"}.get(label, "16"))
     page.get_by_role("button", name="Make the proof sheet").click()
     says(page, "1 picture." if label == "Candidates" else "of 8 pictures.")
-    api.expect(alert).to_have_count(0)
+    api.expect(alert).to_have_count(0, timeout=60 * SECONDS)
 
 
 def test_html_is_text(visit):
@@ -48,8 +58,8 @@ def test_html_is_text(visit):
     dialogs = []
     page.on("dialog", lambda dialog: (dialogs.append(1), dialog.dismiss()))
     make_sheet(page, prompt=f"{HTML}\na red ring", candidates=1)
-    api.expect(page.locator("#sheet .caption-label").first).to_contain_text(HTML)
+    api.expect(page.locator("#sheet .caption-label").first).to_contain_text(HTML, timeout=60 * SECONDS)
     page.get_by_role("tab", name="History").click()
     page.get_by_role("button", name="seed 7").last.click()
-    api.expect(page.get_by_role("row").filter(has_text=HTML)).to_be_visible()
+    api.expect(page.get_by_role("row").filter(has_text=HTML)).to_be_visible(timeout=60 * SECONDS)
     assert not dialogs and page.locator("img[onerror]").count() == 0

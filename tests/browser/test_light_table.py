@@ -27,9 +27,9 @@ def test_by_mouse_from_the_first_visit_to_the_refined_picture(visit, table, tmp_
     first.click()
     second.click()
     first.click()  # no longer
-    api.expect(page.get_by_label("2 · seed 8").and_(page.get_by_role("checkbox"))).to_be_checked()
-    api.expect(second).to_have_css("outline-style", "solid")
-    api.expect(first).to_have_css("outline-style", "none")
+    api.expect(page.get_by_label("2 · seed 8").and_(page.get_by_role("checkbox"))).to_be_checked(timeout=60 * SECONDS)
+    api.expect(second).to_have_css("outline-style", "solid", timeout=60 * SECONDS)
+    api.expect(first).to_have_css("outline-style", "none", timeout=60 * SECONDS)
     says(page, "1 picture, 40 network evaluations")
     page.get_by_role("button", name="Refine the picked pictures").click()
     says(page, "refinement took")
@@ -67,7 +67,7 @@ def test_by_keyboard_alone(visit):
     says(page, "refinement took")
     line = page.get_by_role("slider", name="Preview, and full render")
     tab_to(page, line)
-    api.expect(line).to_have_attribute("aria-valuetext", "50% preview, 50% full")
+    api.expect(line).to_have_attribute("aria-valuetext", "50% preview, 50% full", timeout=60 * SECONDS)
     half = line.bounding_box()["x"]
     page.keyboard.press("ArrowRight")
     api.expect(line).to_have_attribute("aria-valuenow", "55")
