@@ -1,6 +1,6 @@
 """How much better one number of steps could get than training left it: gradients of the PSNR through whole runs.
 
-    python -m benchmarks.headroom --solver runs/mini_sd/best --steps 6        # 6 minutes on a CPU core
+    python -m benchmarks.headroom --solver runs/mini_sd/best --steps 6        # 5 minutes of one thread
 
 The residuals of one (steps, guidance) are taken from the solver, freed from its network, and improved by Adam on the
 PSNR to the full-step pictures of the offline dataset, backpropagated through the autoencoder, every step and every
