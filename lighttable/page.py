@@ -83,15 +83,22 @@ class Events:
     # Before a run
 
     def cost(self, given: dict) -> dict:
-        """What sheet and comparison will cost, or what is wrong with the form; an empty prompt is not wrong yet."""
+        """What sheet and comparison will cost, or what is wrong with the form.
+
+        An empty prompt is not wrong yet, and what a run said of it stays: this answer may come after that one.
+        """
         form, methods = self._form(given), given[self.parts.compare["methods"]]
-        if not (isinstance(form.prompts, str) and form.prompts.strip()):
+        is_empty = not (isinstance(form.prompts, str) and form.prompts.strip())
+        if is_empty:
             form = replace(form, prompts="?")
         sheet, error = self._cost(lambda: recipes(form, self.table))
         rows, compare_error = self._cost(lambda: [one for row in compared(form, methods, self.table) for one in row])
         if error is None and compare_error is not None and compare_error.field == "methods":
             error = compare_error
-        return {self.parts.sheet["cost"]: sheet, self.parts.compare["cost"]: rows, **self._messages(error)}
+        messages = self._messages(error)
+        if is_empty:
+            del messages[self.parts.slots["prompts"]]
+        return {self.parts.sheet["cost"]: sheet, self.parts.compare["cost"]: rows, **messages}
 
     def _cost(self, ask: Callable) -> tuple[str, FormError | None]:
         try:

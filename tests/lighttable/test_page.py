@@ -128,6 +128,15 @@ def test_errors_are_sentences_next_to_their_field(page):
     assert "Choose 2 to 4 methods" in visitor.call("compare", Prompt="x", Methods=["few"])
 
 
+def test_costs_of_an_empty_prompt_leave_the_message_about_it(page):
+    made = events(page)
+    given = {component: component.value for component in made.parts.fields.values()}
+    given[made.parts.compare["methods"]] = ["few", "full"]
+    assert made.parts.slots["prompts"] not in made.cost(given)
+    given[made.parts.fields["prompts"]] = "a red circle"
+    assert made.cost(given)[made.parts.slots["prompts"]]["visible"] is False
+
+
 def test_what_was_not_expected_is_a_sentence_too(page, sd_table, monkeypatch):
     def broken(*args):
         raise KeyError("<secret>")
