@@ -52,7 +52,10 @@ def prepare(arguments: list[str] | None) -> "tuple[ConsistencySolverTrainer, str
     pipe = load_pipeline(config)
     train_dataset, eval_dataset = load_datasets(config)
     solver, rewards = make_solver(config, pipe), load_rewards(config)
-    return ConsistencySolverTrainer(pipe, solver, rewards, args, train_dataset, eval_dataset), checkpoint
+    trainer = ConsistencySolverTrainer(pipe, solver, rewards, args, train_dataset, eval_dataset)
+    if checkpoint:
+        trainer.check_checkpoint(checkpoint)
+    return trainer, checkpoint
 
 
 def check_output(folder: Path, checkpoint: str | None) -> str | None:

@@ -295,17 +295,20 @@ class ConsistencySolverTrainer(Trainer):
         if self.args.should_save:
             self.scheduler.save_pretrained(Path(self.args.output_dir) / "best")
 
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Raises ValueError where a checkpoint is of another kind of solver, whose weights may well fit."""
+        path = Path(checkpoint) / self.scheduler.config_name
+        if not path.is_file():
+            return
+        recorded, own = json.loads(path.read_text()), self.scheduler.config
+        others = [
+            f"{key} {recorded.get(key)!r} against {own[key]!r}" for key in SOLVER_KIND if recorded.get(key) != own[key]
+        ]
+        if others:
+            raise ValueError(f"{checkpoint} is of another solver than this run: {', '.join(others)}.")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Raises ValueError where the checkpoint is of another kind of solver, whose weights may well fit."""
-        path = Path(resume_from_checkpoint) / self.scheduler.config_name
-        if path.is_file():
-            recorded = json.loads(path.read_text())
-            others = [key for key in SOLVER_KIND if recorded.get(key) != self.scheduler.config[key]]
-            if others:
-                both = ", ".join(
-                    f"{key} {recorded.get(key)!r} against {self.scheduler.config[key]!r}" for key in others
-                )
-                raise ValueError(f"{resume_from_checkpoint} is of another solver than this run: {both}.")
+        self.check_checkpoint(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     # -- files and logs -----------------------------------------------------------------------------------------------

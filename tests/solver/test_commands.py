@@ -93,6 +93,7 @@ def test_training_goes_on_from_a_solver_and_writes_what_tensorboard_reads(run, t
         ({"resume_from_checkpoint": "last"}, "has no checkpoint to resume from"),
         ({"resume_from_checkpoint": "no/checkpoint"}, "resume_from_checkpoint='no/checkpoint': there is no such"),
         ({"resume_from_checkpoint": "RUN/best"}, "best' is no whole checkpoint: it has no trainer_state.json"),
+        ({"resume_from_checkpoint": "RUN/checkpoint-2", "base_rule": "ddim"}, "is of another solver than this run"),
         ({"inference_steps": 1001}, "inference_steps: 1001 steps are more than the 1000"),
         ({"eval_inference_steps": 2000}, "eval_inference_steps: 2000 steps are more than the 1000"),
         ({"model": "no/model"}, "model 'no/model' is no pipeline folder here"),
