@@ -1,83 +1,25 @@
 """What HiFlow costs at FLUX.1-dev's shape, and how much of it is not the network.
 
-    python benchmarks/hiflow.py --output runs/hiflow.json --device cuda --dtype bfloat16
-    python benchmarks/hiflow.py --output runs/hiflow.json --tiny          # a rehearsal on a CPU, in a minute
+    python -m benchmarks.hiflow --output runs/hiflow.json --device cuda
+    python -m benchmarks.hiflow --output runs/hiflow.json          # a rehearsal on a CPU, in a minute
 
-Random weights (12 B parameters: some 24 GB in bfloat16) and random embeddings of 512 words, so there are no text
-encoders; the time does not depend on the values. The cascade 1024 → 2048 → 4096 of the preset `code`, once, after a
+Random weights (`benchmarks.shapes`). The cascade 1024 → 2048 → 4096 of the preset `code`, once, after a
 warm-up of the small stages. The bars: less than 2 % of the time is spent outside of the network and the autoencoder,
 and the transformer at 4096² reaches 70 % of the rate that its attention kernel reaches alone.
 """
 
-import argparse
-import json
-import platform
-import time
-from pathlib import Path
-
-import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline
 
+from benchmarks.clock import command_line, now, parse, print_row, write_report
+from benchmarks.shapes import FAMILIES, build_pipeline
 from solver.samplers.cost import evaluation_flops, network_of
 from solver.samplers.hiflow import PRESETS, hiflow, with_steps
 
-FULL = {
-    "words": 512,
-    "sizes": (1024, 2048, 4096),
-    "steps": 30,
-    "channels": (128, 256, 512, 512),  # of the autoencoder
-    "transformer": {"guidance_embeds": True},
-}
-TINY = {
-    "words": 8,
-    "sizes": (64, 128, 256),
-    "steps": 4,
-    "channels": (32, 32, 32, 32),
-    "transformer": {
-        "guidance_embeds": True,
-        "num_layers": 1,
-        "num_single_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "axes_dims_rope": (4, 4, 8),
-    },
-}
-
-
-def make_pipeline(shape: dict, device: torch.device, dtype: torch.dtype) -> FluxPipeline:
-    """FLUX with random weights, made where they are used."""
-    with torch.device(device):
-        torch.set_default_dtype(dtype)
-        try:
-            transformer = FluxTransformer2DModel(**shape["transformer"])
-            vae = AutoencoderKL(
-                block_out_channels=shape["channels"],
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-                latent_channels=16,
-                sample_size=1024,
-                scaling_factor=0.3611,
-                shift_factor=0.1159,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            )
-        finally:
-            torch.set_default_dtype(torch.float32)
-    no_text = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    pipe = FluxPipeline(scheduler=scheduler, vae=vae, transformer=transformer, **no_text)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+MODEL = "flux-dev"
+FULL = {"sizes": (1024, 2048, 4096), "steps": 30}
+TINY = {"sizes": (64, 128, 256), "steps": 4}
 
 
 class Clock:
@@ -118,19 +60,17 @@ def attention_rate(pipe: FluxPipeline, tokens: int, repeats: int = 3) -> float:
     return repeats * 4 * heads * width * tokens**2 / (now(pipe.device) - start)
 
 
-def measure(shape: dict, device: torch.device, dtype: torch.dtype) -> dict:
-    pipe = make_pipeline(shape, device, dtype)
-    embeds = {
-        "prompt_embeds": torch.randn(1, shape["words"], 4096, device=device, dtype=dtype),
-        "pooled_prompt_embeds": torch.randn(1, 768, device=device, dtype=dtype),
-    }
+@torch.no_grad()
+def measure(given) -> dict:
+    device, shape = given.device, TINY if given.tiny else FULL
+    pipe, words = build_pipeline(MODEL, given.tiny, device, given.dtype), FAMILIES[MODEL].text[0]
     sizes, recipe = shape["sizes"], with_steps(PRESETS["code"], shape["steps"])
-    hiflow(pipe, None, 0, sizes[:2], with_steps(recipe, 2), call=embeds)  # warm-up
+    hiflow(pipe, "x", 0, sizes[:2], with_steps(recipe, 2))  # warm-up
     clock = Clock(pipe)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = now(device)
-    result = hiflow(pipe, None, 0, sizes, recipe, call=embeds)
+    result = hiflow(pipe, "x", 0, sizes, recipe)
     total = now(device) - start
 
     network = network_of(pipe.transformer)
@@ -138,7 +78,7 @@ def measure(shape: dict, device: torch.device, dtype: torch.dtype) -> dict:
     for stage in result.stages:
         seconds = sum(next(calls) for _ in range(stage.steps))
         tokens = (stage.height // 16) * (stage.width // 16)
-        flops = stage.steps * evaluation_flops(network, tokens, shape["words"])
+        flops = stage.steps * evaluation_flops(network, tokens, words)
         stages.append(
             {"size": stage.height, "steps": stage.steps, "seconds": seconds, "tflops_s": flops / seconds / 1e12}
         )
@@ -150,29 +90,18 @@ def measure(shape: dict, device: torch.device, dtype: torch.dtype) -> dict:
         "autoencoder_s": clock.autoencoder,
         "outside_s": outside,
         "outside_percent": 100 * outside / total,
-        "attention_tflops_s": attention_rate(pipe, (sizes[-1] // 16) ** 2 + shape["words"]) / 1e12,
+        "attention_tflops_s": attention_rate(pipe, (sizes[-1] // 16) ** 2 + words) / 1e12,
         "peak_gib": torch.cuda.max_memory_allocated(device) / 1024**3 if device.type == "cuda" else None,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to rehearse")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    report = measure(TINY if args.tiny else FULL, device, getattr(torch, args.dtype))
-    print("size | steps | seconds | TFLOP/s")
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(command_line(__doc__), arguments)
+    report = measure(given)
     for stage in report["stages"]:
-        print(" | ".join(f"{value:.4g}" for value in stage.values()))
-    print(", ".join(f"{name} {value:.4g}" for name, value in report.items() if isinstance(value, float)))
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-    settings = {"hardware": hardware, "threads": torch.get_num_threads(), "dtype": args.dtype, "tiny": args.tiny}
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({**settings, **versions, **report}, indent=2) + "\n")
+        print_row(stage)
+    print_row({name: value for name, value in report.items() if name != "stages"})
+    write_report(given, report)
 
 
 if __name__ == "__main__":

@@ -326,7 +326,7 @@ def _table_on(scheduler: ConsistencySolverScheduler, sigmas: Tensor) -> SolverTa
 @contextmanager
 def encoded_once(pipe: DiffusionPipeline) -> Iterator[None]:
     """Inside, the pipeline encodes the same prompts once, however many calls a cascade makes."""
-    encode, kept = pipe.encode_prompt, {}
+    encode, own, kept = pipe.encode_prompt, vars(pipe).get("encode_prompt"), {}
 
     def encode_prompt(*args, **kwargs):
         # Tensors are told apart by identity: those of the cascade's call live as long as this does.
@@ -340,7 +340,10 @@ def encoded_once(pipe: DiffusionPipeline) -> Iterator[None]:
     try:
         yield
     finally:
-        del pipe.encode_prompt
+        if own is None:
+            del pipe.encode_prompt
+        else:  # somebody's own stands in for the class's
+            pipe.encode_prompt = own
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from diffusers import (
 from tiny_pipelines import FAMILIES, tiny_pipeline
 
 from solver import ConsistencySolverScheduler
-from solver.samplers.cascade import Segment, run_segment, set_grid, sigma_grid
+from solver.samplers.cascade import Segment, encoded_once, run_segment, set_grid, sigma_grid
 from solver.samplers.latents import latent_shape, pack, unpack
 
 STEPS = 3
@@ -134,6 +134,20 @@ def test_the_learned_solver_walks_given_sigmas():
     segment = Segment(sigmas, SIZE, SIZE)
     euler = run_segment(pipe, noise, segment, **call)
     assert torch.equal(run_segment(pipe, noise, segment, scheduler=order_one, **call), euler)
+
+
+def test_prompts_are_encoded_once_and_who_encodes_them_stays():
+    pipe, asked = prepared("flux")[0], []
+    own = pipe.encode_prompt
+    pipe.encode_prompt = mine = lambda prompt: asked.append(prompt)
+    with encoded_once(pipe):
+        for prompt in ("a", "b", "a"):
+            pipe.encode_prompt(prompt)
+    assert asked == ["a", "b"] and pipe.encode_prompt is mine
+    del pipe.encode_prompt
+    with encoded_once(pipe):
+        assert pipe.encode_prompt != own
+    assert pipe.encode_prompt == own
 
 
 def test_bad_segments_are_refused():
