@@ -56,10 +56,11 @@ def as_list(value: object) -> object:
 
 def are_numbers(values: object) -> bool:
     """Whether it is a list of finite numbers."""
-    return isinstance(values, list) and all(_is_number(value) for value in values)
+    return isinstance(values, list) and all(is_number(value) for value in values)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -1,8 +1,9 @@
 """The knobs of PPO on a solver; `solver.trainer_config` adds those of `transformers`, which take seconds to import."""
 
+import math
 from dataclasses import dataclass, field
 
-from data.command_line import as_list, check_whole
+from data.command_line import are_numbers, as_list, check_whole, is_number
 
 
 @dataclass
@@ -54,7 +55,9 @@ class PPOKnobs:
     @property
     def step_counts(self) -> list[int]:
         """The numbers of steps K to train on."""
-        return self.inference_steps or list(range(self.min_inference_steps, self.max_inference_steps + 1))
+        if self.inference_steps is not None:
+            return self.inference_steps
+        return list(range(self.min_inference_steps, self.max_inference_steps + 1))
 
     def check(self) -> None:
         """Makes lists of single values, and raises ValueError for what is out of range."""
@@ -63,22 +66,42 @@ class PPOKnobs:
         for name in ("num_iterations", "prompts_per_iteration", "rollout_batch_size", "num_ppo_epochs"):
             check_whole(name, getattr(self, name))
         check_whole("group_size", self.group_size, lowest=2)  # a rollout is compared with others
+        check_whole("contact_sheet_rows", self.contact_sheet_rows, lowest=0)
         if self.antithetic and self.group_size % 2:
             raise ValueError(f"group_size={self.group_size} is odd, but antithetic=True draws pairs.")
-        if not self.step_counts or min(self.step_counts) < 2:
+        self._check_steps()
+        self._check_numbers()
+
+    def _check_steps(self) -> None:
+        for name in ("min_inference_steps", "max_inference_steps"):
+            check_whole(name, getattr(self, name))
+        if not self.step_counts or not all(isinstance(steps, int) and steps >= 2 for steps in self.step_counts):
             raise ValueError(
                 f"inference_steps={self.inference_steps}, min_inference_steps={self.min_inference_steps}, "
-                f"max_inference_steps={self.max_inference_steps}: expected numbers of at least 2 (in a single step "
-                "there is nothing to learn), the lower one first."
+                f"max_inference_steps={self.max_inference_steps}: expected whole numbers of at least 2 (in a single "
+                "step there is nothing to learn), the lower one first."
             )
-        if not self.eval_inference_steps or min(self.eval_inference_steps) < 1:
-            raise ValueError(f"eval_inference_steps={self.eval_inference_steps}: expected numbers of at least 1.")
-        if not 0 < self.final_exploration_std <= self.exploration_std:
+        if not self.eval_inference_steps:
+            raise ValueError(
+                f"eval_inference_steps={self.eval_inference_steps}: expected whole numbers of at least 1."
+            )
+        for steps in self.eval_inference_steps:
+            check_whole("eval_inference_steps", steps)
+
+    def _check_numbers(self) -> None:
+        for name in ("guidance_scales", "reward_weights"):
+            values = getattr(self, name)
+            if values is not None and not (values and are_numbers(values)):
+                raise ValueError(f"{name}={values}: expected finite numbers.")
+        for name in ("anchor_coef", "entropy_coef"):
+            if not (is_number(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        if not (is_number(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate={self.learning_rate}: expected a number above 0.")
+        if not 0 < self.final_exploration_std <= self.exploration_std < math.inf:
             raise ValueError(
                 f"exploration_std={self.exploration_std} must not be below "
                 f"final_exploration_std={self.final_exploration_std}, and both must be above 0."
             )
-        if not self.anchor_coef >= 0:
-            raise ValueError(f"anchor_coef={self.anchor_coef}: expected 0 or more.")
         if not 0 < self.clip_range < 1:
             raise ValueError(f"clip_range={self.clip_range}: expected a number between 0 and 1.")

@@ -25,6 +25,7 @@ class Scores(NamedTuple):
     Attributes:
         rewards_B: weighted sum over the reward functions, on the CPU.
         scores_RB: of each function; NaN for "not scored".
+        broken_B: whether a preview has NaN or infinite values. Its reward is the lowest of all rows.
         images_BCHW: previews of this process' share of the rows only.
         network_evaluations: of all processes.
         seconds: by phase, of this process: `"rollout"`, `"decode"`, `"reward"`.
@@ -32,6 +33,7 @@ class Scores(NamedTuple):
 
     rewards_B: Tensor
     scores_RB: Tensor
+    broken_B: Tensor
     images_BCHW: Tensor
     network_evaluations: int
     seconds: dict[str, float]
@@ -82,28 +84,38 @@ class Scorer:
             rows: as in `data.dataset.PreviewDataset`; a row may appear several times.
             guidance_scale: of the previews.
             table: one for each row, or one for all.
+
+        Raises:
+            ValueError: all previews are broken, or one that is whole has no score.
         """
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         share = slice(len(rows) * process // processes, len(rows) * (process + 1) // processes)
         scores_RB, images_BCHW = torch.zeros(len(self.functions), 0), torch.zeros(0, 3, 1, 1)
-        evaluations, seconds = 0, {}
+        broken_B, evaluations, seconds = torch.zeros(0, dtype=torch.bool), 0, {}
         if mine := rows[share]:
             prompts, seeds = [row["prompt"] for row in mine], [row["seed"] for row in mine]
             sources = [row["source"] for row in mine] if "source" in mine[0] else None
             previews = self.renderer.render(prompts, seeds, guidance_scale, rows_of(table, share), sources)
+            previews, broken_B = mended(previews)
             images_BCHW, evaluations, seconds = previews.images_BCHW, previews.network_evaluations, previews.seconds
             with stopwatch(seconds, "reward", images_BCHW.device):
                 scores_RB = self._reward(mine, previews)
-        gathered = gather_object([(scores_RB, evaluations)])
-        scores_RB = torch.cat([scores for scores, _ in gathered], dim=1)
-        evaluations = sum(count for _, count in gathered)
-        return Scores(self.total(scores_RB), scores_RB, images_BCHW, evaluations, seconds)
+            scores_RB[:, broken_B] = math.nan
+        gathered = gather_object([(scores_RB, broken_B, evaluations)])
+        scores_RB = torch.cat([scores for scores, _, _ in gathered], dim=1)
+        broken_B = torch.cat([broken for _, broken, _ in gathered])
+        evaluations = sum(count for _, _, count in gathered)
+        return Scores(self.total(scores_RB, broken_B), scores_RB, broken_B, images_BCHW, evaluations, seconds)
 
-    def total(self, scores_RB: Tensor) -> Tensor:
-        """Weighted sum of the scores, (B,). Raises ValueError for a preview that no function has scored."""
-        if scores_RB.isnan().all(dim=0).any():
+    def total(self, scores_RB: Tensor, broken_B: Tensor) -> Tensor:
+        """Weighted sum of the scores, (B,); of broken previews the lowest. Raises ValueError as `score` says."""
+        if broken_B.all():
+            raise ValueError("All previews are NaN or infinite: explore less (exploration_std), or use float32.")
+        if scores_RB[:, ~broken_B].isnan().all(dim=0).any():
             raise ValueError(f"{', '.join(self.names)}: NaN for the same preview, so that nothing is known of it.")
-        return (scores_RB * self.weights_R[:, None]).nansum(dim=0)
+        rewards_B = (scores_RB * self.weights_R[:, None]).nansum(dim=0)
+        rewards_B[broken_B] = rewards_B[~broken_B].min()
+        return rewards_B
 
     def _reward(self, rows: Sequence[dict], previews: Previews) -> Tensor:
         """The reward functions on previews of `rows`, (R, B) on the CPU."""
@@ -122,6 +134,14 @@ class Scorer:
             features = torch.stack([row["features"][name] for row in rows]).to(device) if cached else None
             scores.append(_checked(function(**columns, target_features=features), name, len(rows)))
         return torch.stack(scores)
+
+
+def mended(previews: Previews) -> tuple[Previews, Tensor]:
+    """Previews with zeros in place of those that have NaN or infinite values, and which these are, (B,) on the CPU."""
+    latents_BCHW, images_BCHW = previews.latents_BCHW, previews.images_BCHW
+    whole_B = images_BCHW.isfinite().flatten(1).all(1) & latents_BCHW.isfinite().flatten(1).all(1)
+    latents_BCHW, images_BCHW = (x.where(whole_B[:, None, None, None], 0.0) for x in (latents_BCHW, images_BCHW))
+    return previews._replace(latents_BCHW=latents_BCHW, images_BCHW=images_BCHW), ~whole_B.cpu()
 
 
 def _checked(answer: Tensor | Sequence[float | None], name: str, count: int) -> Tensor:

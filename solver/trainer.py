@@ -40,6 +40,7 @@ from solver.contact_sheet import save_contact_sheet
 from solver.exploration import actions_of, draw_choices, log_probability
 from solver.ppo import Elsewhere, Rollouts, anchor_loss, group_advantages, ppo_loss
 from solver.rollout import Renderer
+from solver.samplers.calls import branches
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler, SolverTable
 from solver.scoring import RewardFunction, Scorer, Scores
 from solver.trainer_config import ConsistencySolverConfig
@@ -129,11 +130,11 @@ class ConsistencySolverTrainer(Trainer):
         """The rollouts of this iteration: new ones, or those of the last update."""
         iteration = self.state.global_step // self.args.num_ppo_epochs
         if self._rollouts is None or self._rollouts.iteration != iteration:
-            start = time.perf_counter()
+            start, is_first = time.perf_counter(), self._rollouts is None
             self._rollouts = self._roll_out(iteration)
             self._rollout_seconds = time.perf_counter() - start
-            if iteration == 0:
-                self._log_budget()
+            if is_first:
+                self._log_budget(iteration)
         return self._rollouts
 
     def compute_loss(self, model: nn.Module, inputs: Rollouts, return_outputs: bool = False, num_items_in_batch=None):
@@ -180,6 +181,7 @@ class ConsistencySolverTrainer(Trainer):
             {"reward": scores.rewards_B.mean(), "reward_std": spread, "frac_reward_zero_std": constant_groups}
         )
         self._record({"exploration_std": std, "inference_steps": steps, "guidance_scale": guidance_scale})
+        self._record({"frac_previews_broken": scores.broken_B.float().mean()})
         self._record_scores(scores)
 
         choices_BKD = choices_BKD.to(device)
@@ -338,19 +340,40 @@ class ConsistencySolverTrainer(Trainer):
         self._record({f"seconds/{phase}": value for phase, value in scores.seconds.items()})
         self._record({"network_evaluations": scores.network_evaluations})
 
-    def _log_budget(self) -> None:
-        """One line on what the run will cost, by the measure of its first iteration."""
+    def budget(self, first: int = 0) -> tuple[int, int]:
+        """Network evaluations, guidance counting twice, from an iteration to the end of the run, by one process:
+        of the rollouts, and of the held-out evaluations, the base rule's included.
+        """
+        args = self.args
+        groups, size, batch = args.prompts_per_iteration, args.group_size, args.rollout_batch_size
+        # The first evaluation is that of a group, where no pipeline call cuts it in two.
+        shared = groups + sum(row % size != 0 for row in range(batch, groups * size, batch))
+        rollouts = 0
+        for iteration in range(first, args.num_iterations):
+            steps, guidance_scale = self.draw_cell(iteration)
+            rollouts += branches(self.renderer.pipe, guidance_scale) * (shared + (steps - 1) * groups * size)
+        if self.eval_rows is None or args.eval_strategy == "no":
+            return rollouts, 0
+        rows = sum(branches(self.renderer.pipe, scale) * len(rows) for scale, rows in self.eval_rows.items())
+        every = args.eval_steps if args.eval_strategy == "steps" else args.max_steps
+        times = args.max_steps // every - first * args.num_ppo_epochs // every
+        times += 1 + bool(
+            args.eval_on_start and not first
+        )  # of the base rule, and of the solver before the first step
+        return rollouts, int(times * rows * sum(args.eval_inference_steps))
+
+    def _log_budget(self, first: int) -> None:
+        """One line on what the run will cost, in time by the measure of its first batch of rollouts."""
         if not self.accelerator.is_main_process:
             return
-        args = self.args
-        rollouts = args.prompts_per_iteration * args.group_size
-        mean_steps = sum(args.step_counts) / len(args.step_counts)
-        scale = args.num_iterations * mean_steps / self._metrics["inference_steps"][-1]
+        args, (rollouts, held_out) = self.args, self.budget(first)
+        iterations, rows = args.num_iterations - first, args.prompts_per_iteration * args.group_size
+        minutes = self._rollout_seconds / self._metrics["network_evaluations"][-1] / 60  # an evaluation
+        more = f" On held-out rows {held_out:,} more, {held_out * minutes:,.1f} minutes." if held_out else ""
         logger.warning(
-            f"{args.num_iterations:,} iterations of {args.prompts_per_iteration} x {args.group_size} rollouts: "
-            f"{args.num_iterations * rollouts:,} rollouts, about "
-            f"{scale * self._metrics['network_evaluations'][-1]:,.0f} network evaluations (guidance counts twice) and "
-            f"{scale * self._rollout_seconds / 60:,.1f} minutes, held-out evaluations not counted."
+            f"{iterations:,} iterations of {args.prompts_per_iteration} x {args.group_size} rollouts: "
+            f"{iterations * rows:,} rollouts, {rollouts:,} network evaluations (guidance counts twice), about "
+            f"{rollouts * minutes:,.1f} minutes.{more}"
         )
 
 

@@ -32,6 +32,8 @@ class ConsistencySolverConfig(PPOKnobs, TrainingArguments):
         self._check_intervals()
 
     def _check_intervals(self) -> None:
+        if self.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end: the best solver is kept in output_dir/best; load it from there.")
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}: an update sees all rollouts of its "

@@ -44,6 +44,11 @@ def guidance(pipe: DiffusionPipeline, scale: float, negative_prompts: Sequence[s
     return call
 
 
+def branches(pipe: DiffusionPipeline, scale: float) -> int:
+    """Rows of the denoiser that a picture takes at a guidance scale: two, where an empty prompt guides."""
+    return 1 if scale <= 1 or denoiser(pipe).config.get("guidance_embeds") else 2
+
+
 def text_length(pipe: DiffusionPipeline) -> dict[str, int]:
     """`max_sequence_length`, where the pipeline's own default is more than its last tokenizer is made for."""
     parameter = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")

@@ -287,10 +287,11 @@ def test_checkpoints_are_solvers_and_metrics_have_their_names(tmp_path, datasets
 
     logged = [log for log in trainer.state.log_history if "loss" in log]
     assert set(logged[0]) >= TRL_METRICS
-    counted = sum(log["network_evaluations"] for log in logged)
-    counted += sum(log["eval_network_evaluations"] for log in evaluated)
-    counted += evaluated[0]["eval_network_evaluations"]  # of the base rule, once
-    assert trainer.renderer.pipe.unet.evaluations - evaluations == counted
+    rollouts = sum(log["network_evaluations"] for log in logged)
+    held_out = sum(log["eval_network_evaluations"] for log in evaluated)
+    held_out += evaluated[0]["eval_network_evaluations"]  # of the base rule, once
+    assert trainer.renderer.pipe.unet.evaluations - evaluations == rollouts + held_out
+    assert trainer.budget() == (rollouts, held_out)
 
     sheets = sorted((tmp_path / "contact_sheets").iterdir())
     assert [sheet.name for sheet in sheets] == ["step-000002.png", "step-000004.png"]
@@ -308,11 +309,46 @@ def test_rewards_are_weighted_and_missing_scores_left_out(tmp_path, datasets):
 
     trainer = make_trainer(tmp_path, datasets, reward_funcs=[latent_psnr, brightness], reward_weights=[1.0, 10.0])
     scores = torch.tensor([[1.0, 2.0], [0.5, math.nan]])
-    assert trainer.scorer.total(scores).tolist() == [6.0, 2.0]
+    none_broken = torch.tensor([False, False])
+    assert trainer.scorer.total(scores, none_broken).tolist() == [6.0, 2.0]
+    assert trainer.scorer.total(scores, torch.tensor([True, False])).tolist() == [2.0, 2.0]
     with pytest.raises(ValueError, match="latent_psnr, brightness: NaN"):
-        trainer.scorer.total(scores * math.nan)
+        trainer.scorer.total(scores * math.nan, none_broken)
     trainer.train()
     assert "rewards/brightness/mean" in next(log for log in trainer.state.log_history if "loss" in log)
+
+
+def test_broken_previews_get_the_lowest_reward_and_are_counted(tmp_path, datasets, monkeypatch):
+    trainer = make_trainer(tmp_path, datasets)
+    render = trainer.renderer.render
+
+    def overflowing(*args):
+        previews = render(*args)
+        previews.latents_BCHW[1], previews.images_BCHW[2] = math.inf, math.nan
+        return previews
+
+    monkeypatch.setattr(trainer.renderer, "render", overflowing)
+    rows, table = [datasets[1][i] for i in range(4)], trainer.scheduler.coefficients(3, 1.0)
+    scores = trainer.scorer.score(rows, 1.0, table)
+    assert scores.broken_B.tolist() == [False, True, True, False] and scores.images_BCHW.isfinite().all()
+    assert scores.scores_RB[0].isnan().tolist() == scores.broken_B.tolist()
+    whole = scores.rewards_B[[0, 3]]
+    assert whole.isfinite().all() and (scores.rewards_B[1:3] == whole.min()).all()
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    assert log["frac_previews_broken"] == 0.25 and math.isfinite(log["reward"])
+    with pytest.raises(ValueError, match="All previews are NaN or infinite"):
+        trainer.scorer.total(scores.scores_RB, torch.ones(4, dtype=torch.bool))
+
+
+def test_the_budget_counts_what_a_pipeline_call_cuts_in_two(tmp_path, datasets):
+    settings = {"rollout_batch_size": 3, "eval_strategy": "epoch", "eval_on_start": True}
+    trainer = make_trainer(tmp_path, datasets, **settings)
+    evaluations = trainer.renderer.pipe.unet.evaluations
+    trainer.train()
+    assert sum(trainer.budget()) == trainer.renderer.pipe.unet.evaluations - evaluations
+    first, later = trainer.budget(0)[0], trainer.budget(1)[0]
+    assert 0 < later < first
 
 
 def test_cached_features_reach_the_reward_of_their_name(tmp_path, datasets):
@@ -349,7 +385,21 @@ def test_cached_features_reach_the_reward_of_their_name(tmp_path, datasets):
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2"),
         ({"save_strategy": "steps", "save_steps": 3}, "save_steps=3 is no multiple of num_ppo_epochs=2"),
         ({"max_steps": 7}, "max_steps=7 is set by num_iterations=2"),
-        ({"eval_inference_steps": []}, r"eval_inference_steps=\[\]"),
+        ({"eval_inference_steps": []}, r"eval_inference_steps=\[\]: expected"),
+        ({"eval_inference_steps": [5.5]}, "eval_inference_steps=5.5: expected a whole number"),
+        ({"eval_inference_steps": ["5"]}, "eval_inference_steps='5'"),
+        ({"inference_steps": []}, r"inference_steps=\[\]"),
+        ({"inference_steps": [4.5]}, r"inference_steps=\[4.5\]"),
+        ({"inference_steps": ["a"]}, r"inference_steps=\['a'\]"),
+        ({"inference_steps": None, "max_inference_steps": "9"}, "max_inference_steps='9'"),
+        ({"guidance_scales": ["a"]}, r"guidance_scales=\['a'\]: expected finite numbers"),
+        ({"reward_weights": [math.nan]}, r"reward_weights=\[nan\]: expected finite numbers"),
+        ({"entropy_coef": math.nan}, "entropy_coef=nan: expected 0 or more"),
+        ({"anchor_coef": math.inf}, "anchor_coef=inf: expected 0 or more"),
+        ({"contact_sheet_rows": -1}, "contact_sheet_rows=-1"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0: expected a number above 0"),
+        ({"exploration_std": math.inf}, "exploration_std=inf"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end: the best solver is kept"),
     ],
 )
 def test_impossible_configs_are_refused(tmp_path, changes, message):
