@@ -60,13 +60,14 @@ def prepare(arguments: list[str] | None) -> "tuple[ConsistencySolverTrainer, str
 
 def check_output(folder: Path, checkpoint: str | None) -> str | None:
     """The checkpoint to resume from. Raises ValueError without one, or if a new run would mix with an earlier one."""
-    kept = sorted(path.name for path in folder.glob("checkpoint-*")) + [
-        name for name in RESULTS if (folder / name).exists()
-    ]
+    checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
+    kept = checkpoints + [name for name in RESULTS if (folder / name).exists()]
     if checkpoint is None and kept:
+        going_on = (
+            "Go on with it by --resume_from_checkpoint last, or choose" if checkpoints else "Delete it, or choose"
+        )
         raise ValueError(
-            f"output_dir={str(folder)!r} has {', '.join(kept)} of an earlier run. Go on with it by "
-            "--resume_from_checkpoint last, or choose another folder."
+            f"output_dir={str(folder)!r} has {', '.join(kept)} of an earlier run. {going_on} another folder."
         )
     return checkpoint and find_checkpoint(checkpoint, folder)
 

@@ -9,6 +9,7 @@ rollouts as any other. 2 CPU cores: 3 minutes a row.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 CONFIG = "configs/mini_sd.yaml"
@@ -19,9 +20,11 @@ ROWS: dict[str, list[str]] = {
     "grid_only": ["--learn_weights", "false"],
     "order_2": ["--solver_order", "2"],
     "order_3": ["--solver_order", "3"],
+    "order_5": ["--solver_order", "5"],
     "order_6": ["--solver_order", "6"],
     "on_ddim": ["--base_rule", "ddim"],
     "bins": ["--head", "categorical", "--antithetic", "false", "--entropy_coef", "0.001"],
+    "bins_21": ["--head", "categorical", "--num_bins", "21", "--antithetic", "false", "--entropy_coef", "0.001"],
     "depth_reward": ["--rewards", "depth", "--reward_models", "zoo/depth"],
     "large_groups": ["--prompts_per_iteration", "2", "--group_size", "16"],
     "clip_0.2": ["--clip_range", "0.2"],
@@ -40,6 +43,7 @@ def train_row(name: str, output: Path, iterations: int, seed: int) -> None:
     folder = output / name
     if (folder / "trainer_state.json").exists():
         return
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that did not end
     parser = TrlParser((SolverRunConfig, ConsistencySolverConfig))
     epochs = parser.parse_args_and_config(["--config", CONFIG])[1].num_ppo_epochs
     length = ["--num_iterations", str(iterations), "--eval_steps", str(epochs * max(1, iterations // 4))]

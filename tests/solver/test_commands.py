@@ -14,6 +14,7 @@ from solver.distillation import main as distill
 from solver.run_config import find_checkpoint
 from solver.trainer import ConsistencySolverTrainer
 from solver.trainer_config import ConsistencySolverConfig
+from train import check_output
 from train import main as train
 
 load = ConsistencySolverScheduler.from_pretrained
@@ -72,6 +73,12 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(run, tmp_path, caplog):
         path.unlink()
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
         find_checkpoint("last", tmp_path / "run")
+
+
+def test_a_run_without_checkpoints_cannot_be_gone_on_with(tmp_path):
+    (tmp_path / "best").mkdir()
+    with pytest.raises(ValueError, match="has best of an earlier run. Delete it, or choose another folder"):
+        check_output(tmp_path, None)
 
 
 def test_training_goes_on_from_a_solver_and_writes_what_tensorboard_reads(run, tmp_path):
