@@ -77,7 +77,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(run, tmp_path, caplog):
 
 def test_a_run_without_checkpoints_cannot_be_gone_on_with(tmp_path):
     (tmp_path / "best").mkdir()
-    with pytest.raises(ValueError, match="has best of an earlier run. Delete it, or choose another folder"):
+    with pytest.raises(ValueError, match=r"has best of an earlier run\. Delete it, or choose another folder"):
         check_output(tmp_path, None)
 
 
