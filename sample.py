@@ -1,10 +1,10 @@
 """Pictures from a prompt and a seed: cheap previews, and the same pictures in full.
 
     python sample.py solver --model zoo/mini-sd --solver runs/mini_sd/best --steps 5 \\
-        --prompt "a small red ring above a blue cube" --seed 7 --output preview.png
-    python sample.py refine --preview preview.png --output full.png
-    python sample.py preview --model zoo/mini-flux --candidates 8 --prompt "a red ring" --seed 7 --output previews
-    python sample.py refine --preview previews --pick 3 --output full.png
+        --prompt "a small red ring above a blue cube" --seed 7
+    python sample.py refine --preview outputs/solver-1.png
+    python sample.py preview --model zoo/mini-flux --candidates 8 --prompt "a red ring" --seed 7
+    python sample.py refine --pick 3
 
 `python sample.py COMMAND --help` says more.
 """

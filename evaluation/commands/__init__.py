@@ -7,6 +7,7 @@ All modules are imported to parse, so whatever is heavy is imported inside `run`
 also why they are here and not in `solver`, which cannot be imported without torch.
 """
 
+import itertools
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from data.prompts import source_identity
 from evaluation.config import MOST_STEPS, check_guidance, is_step_count
 
+OUTPUTS = Path("outputs")  # where pictures go for which no --output is given
 # What a PNG remembers.
 KEPT = ("model", "prompt", "negative_prompt", "seed", "guidance_scale", "height", "width", "image", "image_sha256")
 
@@ -34,7 +36,7 @@ def add_picture_arguments(parser: ArgumentParser) -> None:
 
 def add_output_arguments(parser: ArgumentParser) -> None:
     """Where a picture is made and written."""
-    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--output", type=Path, help="PNG file to write; the next of outputs/COMMAND-N.png by default")
     parser.add_argument("--device", help="the GPU if there is one, by default")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
 
@@ -64,6 +66,12 @@ def picture_facts(given: Namespace, remembered: dict | None = None) -> dict:
 def pipeline_class(facts: Mapping[str, object]) -> str | None:
     """Of diffusers, for a picture: the one that edits, or None for the model's own."""
     return "FluxKontextPipeline" if "image" in facts else None
+
+
+def next_output(name: str, suffix: str = ".png") -> Path:
+    """The first of outputs/NAME-1.png, outputs/NAME-2.png, ... that is not there yet."""
+    paths = (OUTPUTS / f"{name}-{number}{suffix}" for number in itertools.count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def check_output(path: Path) -> None:

@@ -13,7 +13,7 @@ import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
-from evaluation.commands import check_output, check_steps
+from evaluation.commands import check_output, check_steps, next_output
 from evaluation.config import check_guidance
 
 
@@ -21,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", help="pipeline: hub id or local folder")
     parser.add_argument("--prompt")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--output", type=Path, help="PNG file to write")
+    parser.add_argument("--output", type=Path, help="PNG file to write; the next of outputs/hiflow-N.png by default")
     parser.add_argument("--sizes", type=_size, nargs="+", default=[1024, 2048, 4096], help="pixels, or HEIGHTxWIDTH")
     parser.add_argument("--all_sizes", action="store_true", help="write the smaller pictures too, as NAME_SIZE.png")
     parser.add_argument("--image", type=Path, help="picture of the first size to enlarge, instead of rendering it")
@@ -71,9 +71,10 @@ def run(given: Namespace) -> Path | str:
 
 
 def _render(given: Namespace, recipe, guidance) -> Path:
-    if missing := [f"--{key}" for key in ("model", "prompt", "seed", "output") if getattr(given, key) is None]:
+    if missing := [f"--{key}" for key in ("model", "prompt", "seed") if getattr(given, key) is None]:
         raise ValueError(f"{', '.join(missing)}: needed to render. --explain needs none of them.")
-    check_output(given.output)
+    output = given.output or next_output("hiflow")
+    check_output(output)
     from PIL import Image
 
     from evaluation.rendering import load_pipeline
@@ -98,11 +99,11 @@ def _render(given: Namespace, recipe, guidance) -> Path:
     pictures = result.images if given.all_sizes else result.images[-1:]
     for image_BCHW in pictures:
         picture = to_picture(pipe, image_BCHW)
-        path = given.output
+        path = output
         if image_BCHW is not result.images[-1]:
             path = path.with_stem(f"{path.stem}_{picture.height}")
         save_png(picture, path, {**facts, "height": picture.height, "width": picture.width})
-    return given.output
+    return output
 
 
 def _size(text: str) -> int | tuple[int, int]:

@@ -1,13 +1,12 @@
 """Small pictures that match the large ones later: a numbered proof sheet, of which one is finished.
 
-    python sample.py preview --model zoo/mini-flux --prompt "a red ring above a blue cube" --seed 7 --candidates 8 \\
-        --output previews
-    python sample.py refine --preview previews --pick 3 --output full.png
+    python sample.py preview --model zoo/mini-flux --prompt "a red ring above a blue cube" --seed 7 --candidates 8
+    python sample.py refine --pick 3
     python sample.py preview --explain --family flux --width 1024 --height 1024 --json
 
-The output is a folder: sheet.png, N.png (N.gif of a video), N.safetensors with N.json, where `refine` goes on, and
-previews.json. Candidate N has the seed `--seed` + N - 1. `--explain` prints phases and FLOPs of a published model, and
-loads no weights.
+The output is a folder, the next of outputs/preview-N by default: sheet.png, N.png (N.gif of a video), N.safetensors
+with N.json, where `refine` goes on, and previews.json. Candidate N has the seed `--seed` + N - 1. `--explain` prints
+phases and FLOPs of a published model, and loads no weights.
 """
 
 import inspect
@@ -15,7 +14,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from evaluation.commands import check_output, check_steps
+from evaluation.commands import OUTPUTS, check_output, check_steps, next_output
 from evaluation.config import check_guidance
 
 # option of `PreviewOptions` -> type of the flag; what it means is in that class
@@ -23,6 +22,7 @@ NUMBERS = {"guided_steps": float, "switch": float, "scale": int, "kappa": float,
 CHOICES = ("method", "candidates_from", "selection", "unit", "target", "grid", "positions")
 CALL = {"negative_prompt": str, "guidance_scale": float, "true_cfg_scale": float, "num_frames": int}
 SHEET, FACTS = "sheet.png", "previews.json"
+PREVIEWS = "preview"  # of the folders' names where none is given
 SHEET_COLUMNS = 4
 FRAMES_A_SECOND = 16
 
@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--prompt")
     parser.add_argument("--seed", type=int, help="of the first candidate")
     parser.add_argument("--candidates", type=int, default=1, help="how many seeds are tried")
-    parser.add_argument("--output", type=Path, help="folder to write")
+    parser.add_argument("--output", type=Path, help="folder to write; the next of outputs/preview-N by default")
     parser.add_argument("--height", type=int, help="of the full-size picture; the pipeline's own by default")
     parser.add_argument("--width", type=int, help="likewise")
     parser.add_argument("--steps", type=int, default=30, help="of the full-size run")
@@ -78,10 +78,21 @@ def run(given: Namespace) -> Path | str:
     return _render(given, options)
 
 
+def last_previews() -> Path:
+    """The last folder of previews that were made without `--output`. Raises ValueError if there is none."""
+    numbers = [path.parent.name.removeprefix(f"{PREVIEWS}-") for path in OUTPUTS.glob(f"{PREVIEWS}-*/{FACTS}")]
+    if not (numbers := [int(number) for number in numbers if number.isdecimal()]):
+        raise ValueError(
+            f"--pick: there is no {OUTPUTS}/{PREVIEWS}-N; name the folder of the previews with --preview."
+        )
+    return OUTPUTS / f"{PREVIEWS}-{max(numbers)}"
+
+
 def _render(given: Namespace, options) -> Path:
-    if missing := [f"--{key}" for key in ("model", "prompt", "seed", "output") if getattr(given, key) is None]:
+    if missing := [f"--{key}" for key in ("model", "prompt", "seed") if getattr(given, key) is None]:
         raise ValueError(f"{', '.join(missing)}: needed to make previews. --explain needs none of them.")
-    check_output(given.output / SHEET)
+    output = given.output or next_output(PREVIEWS, suffix="")
+    check_output(output / SHEET)
     from evaluation.rendering import load_pipeline
     from evaluation.single import solver_scheduler
     from solver.samplers.calls import guidance, text_length
@@ -103,18 +114,18 @@ def _render(given: Namespace, options) -> Path:
     picture_facts = {"model": given.model, "prompt": given.prompt, "height": given.height, "width": given.width}
     picture_facts = {name: value for name, value in picture_facts.items() if value is not None}
     for name in (FACTS, SHEET):  # of an earlier run: should this one be interrupted, they would be of other previews
-        (given.output / name).unlink(missing_ok=True)
+        (output / name).unlink(missing_ok=True)
     shown = []
     for number in range(1, given.candidates + 1):
         # One by one: a batch would differ from the picture's own run in the last bits.
         made = preview(pipe, given.prompt, given.seed + number - 1, options, stepper=stepper, **size, **call)
-        made.checkpoint.save(given.output / str(number))
-        save_picture(made.image, given.output / f"{number}.png", picture_facts | {"seed": made.checkpoint.seed})
+        made.checkpoint.save(output / str(number))
+        save_picture(made.image, output / f"{number}.png", picture_facts | {"seed": made.checkpoint.seed})
         shown.append(made)
     facts = {"model": given.model, "dtype": given.dtype, "prompt": given.prompt}
     facts["candidates"] = [{"seed": made.checkpoint.seed, **made.report} for made in shown]
-    (given.output / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
-    sheet = given.output / SHEET
+    (output / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    sheet = output / SHEET
     proof_sheet([made.image for made in shown]).save(sheet)
     return sheet
 

@@ -12,7 +12,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from evaluation.commands import check_output, check_steps, picture_facts
+from evaluation.commands import check_output, check_steps, next_output, picture_facts
 
 # --family: the network of the cost model, and the steps of its plain run
 PLAIN_STEPS = {
@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--guidance_scale", type=float, help="default 3")
     parser.add_argument("--height", type=int, help="in pixels; the pipeline's own by default, 1024 with --explain")
     parser.add_argument("--width", type=int, help="likewise")
-    parser.add_argument("--output", type=Path, help="PNG file to write")
+    parser.add_argument("--output", type=Path, help="PNG file to write; the next of outputs/ralu-N.png by default")
     parser.add_argument("--device", help="the GPU if there is one, by default")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--preset", default="4x", help="4x, 5x, 7x (FLUX), 2x, 3x (SD3), turbo (4 steps)")
@@ -60,9 +60,8 @@ def run(given: Namespace) -> Path | str:
     if given.explain:
         schedule = as_schedule(given.preset, given.steps, given.ends, given.ratio, given.shift)
         return explain(given, schedule)
-    if given.output is None:
-        raise ValueError("--output: needed to render; --explain needs none.")
-    check_output(given.output)
+    output = given.output or next_output("ralu")
+    check_output(output)
     from evaluation.rendering import load_pipeline
     from evaluation.single import save_png, to_picture
     from solver.samplers.calls import guidance, text_length
@@ -86,8 +85,8 @@ def run(given: Namespace) -> Path | str:
     )
     image = to_picture(pipe, result.images_BCHW)
     name = given.preset if given.steps is None else "custom"
-    save_png(image, given.output, {**facts, "solver": f"ralu {name}", "steps": sum(result.schedule.steps)})
-    return given.output
+    save_png(image, output, {**facts, "solver": f"ralu {name}", "steps": sum(result.schedule.steps)})
+    return output
 
 
 def explain(given: Namespace, schedule) -> str:

@@ -1,11 +1,13 @@
 """The same picture in full: of a preview, of a few-step picture, or of a prompt and a seed.
 
+    python sample.py refine --pick 3
     python sample.py refine --preview previews --pick 3 --output full.png
-    python sample.py refine --preview preview.png --output full.png
-    python sample.py refine --model zoo/mini-sd --prompt "two white stars in the sky" --seed 7 --output full.png
+    python sample.py refine --preview preview.png
+    python sample.py refine --model zoo/mini-sd --prompt "two white stars in the sky" --seed 7
 
-A folder is one of `sample.py preview`: its full-size run goes on where it was left. A PNG is one of
-`sample.py solver`: its prompt, seed and model are used.
+A folder is one of `sample.py preview`: its full-size run goes on where it was left; without `--preview`, `--pick`
+means the last of outputs/preview-N. A PNG is one of `sample.py solver`: its prompt, seed and model are used. Writes
+outputs/refine-1.png, or -2 and so on, or `--output`.
 """
 
 import json
@@ -18,10 +20,11 @@ from evaluation.commands import (
     add_picture_arguments,
     check_output,
     check_steps,
+    next_output,
     picture_facts,
     pipeline_class,
 )
-from evaluation.commands.preview import FACTS, save_picture
+from evaluation.commands.preview import FACTS, last_previews, save_picture
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -36,7 +39,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(given: Namespace) -> Path:
     """Writes the picture. Raises ValueError or OSError as `evaluation.single` and `refine` say."""
+    given.output = given.output or next_output("refine")
     check_output(given.output)
+    if given.preview is None and given.pick is not None:
+        given.preview = last_previews()
     if given.preview and given.preview.is_dir():
         return _go_on(given)
     if given.pick is not None:

@@ -1,6 +1,7 @@
 """`sample.py preview` and `refine --pick` on a folder of a tiny FLUX with its text encoders."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -44,6 +45,17 @@ def test_a_proof_sheet_and_the_picked_picture(model, folder, tmp_path):
     with Image.open(full) as refined:
         assert refined.tobytes() == pipe("a red ring", **call).images[0].tobytes()
         assert refined.text["proofsheet:seed"] == "9"
+
+
+def test_who_names_no_output_gets_the_next_one(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"--pick: there is no outputs/preview-N; name the folder"):
+        main(["refine", "--pick", "1"])
+    few = ["preview", "--model", str(model), *ARGUMENTS, "--steps", "5"]
+    written = [main([*few, "--candidates", number]) for number in ("1", "2")]
+    assert written == [Path(f"outputs/preview-{number}/sheet.png") for number in (1, 2)]
+    assert main(["refine", "--pick", "2"]) == Path("outputs/refine-1.png")  # of the second folder: the first has one
+    assert main(["refine", "--pick", "1"]) == Path("outputs/refine-2.png")
 
 
 def test_errors(model, folder, tmp_path):

@@ -257,7 +257,7 @@ def test_explain_on_the_command_line(capsys):
         main(["preview", "--explain", "--candidates", "0"])
     with pytest.raises(ValueError, match="family 'none': expected one of flux"):
         main(["preview", "--explain", "--family", "none"])
-    with pytest.raises(ValueError, match="--model, --prompt, --seed, --output: needed"):
+    with pytest.raises(ValueError, match="--model, --prompt, --seed: needed"):
         main(["preview"])
 
 

@@ -96,5 +96,5 @@ def test_command_explains(capsys):
         command("--explain --family flux --height 0")
     with pytest.raises(ValueError, match="three stages"):
         command("--explain --family flux --steps 5 6 7 8 --ends .1 .3 .45 1")
-    with pytest.raises(ValueError, match="--output"):
-        sample.main(["ralu", "--model", "somewhere", "--prompt", "x", "--seed", "1"])
+    with pytest.raises(ValueError, match="--seed: needed"):
+        sample.main(["ralu", "--model", "somewhere", "--prompt", "x"])
