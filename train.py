@@ -52,6 +52,7 @@ def prepare(arguments: list[str] | None) -> "tuple[ConsistencySolverTrainer, str
     pipe = load_pipeline(config)
     train_dataset, eval_dataset = load_datasets(config)
     solver, rewards = make_solver(config, pipe), load_rewards(config)
+    solver.register_to_config(trained_model=config.model)
     trainer = ConsistencySolverTrainer(pipe, solver, rewards, args, train_dataset, eval_dataset)
     if checkpoint:
         trainer.check_checkpoint(checkpoint)

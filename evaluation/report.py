@@ -30,6 +30,7 @@ from evaluation.metrics import frechet
 from evaluation.table import table
 from evaluation.workflow import simulate
 from solver import ConsistencySolverScheduler
+from solver.samplers.digest import solver_digest
 
 UNITS = {"pixels": "PSNR, dB", "depth": "PSNR of depth, dB", "ssim": "SSIM, %", "segmentation": "% of pixels"}
 COSINE = "(cos + 1) · 50"
@@ -127,6 +128,7 @@ def make_metrics(results: Results) -> dict:
         "full_steps": {"scheduler": config.scheduler, "steps": config.num_inference_steps, **config.scheduler_kwargs},
         "reference": config.reference or "full-step pictures",
         "learned": config.learned,
+        "learned_digest": config.learned and solver_digest(ConsistencySolverScheduler.from_pretrained(config.learned)),
         "coefficients": coefficients(config, results.grids) if config.learned else [],
         "latent_shape": list(results.latent_shape),
         "hardware": hardware(),

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.command_line import errors_as_sentences
+from data.command_line import answer_help, errors_as_sentences
 from data.shards import make_folder
 from solver.distillation import (
     open_run,
@@ -171,6 +171,7 @@ def bake_amed(
 
 
 def main(arguments: list[str] | None = None) -> None:
+    answer_help(arguments, __doc__, AmedConfig)
     from trl import TrlParser
 
     (config,) = TrlParser((AmedConfig,), allow_abbrev=False).parse_args_and_config(arguments)

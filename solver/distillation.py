@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
-from data.command_line import errors_as_sentences
+from data.command_line import answer_help, errors_as_sentences
 from data.shards import make_folder
 from solver.run_config import SolverRunConfig
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler, Grid, SolverTable, dpm2m
@@ -283,12 +283,14 @@ def distill(config: DistillationConfig) -> ConsistencySolverScheduler:
     cells = fit_actions(renderer, dataset, step_counts, config.num_rows, config.teacher_substeps)
     error = fit_policy(scheduler, cells, grids={steps: renderer.grid(steps) for steps in step_counts})
     scheduler.extend_training(step_counts, {scale for _, scale in cells})
+    scheduler.register_to_config(trained_model=config.model)
     scheduler.save_pretrained(config.output_dir)
     logger.warning(f"{len(cells)} cells; the policy meets their weights to {error:.3f} (rms).")
     return scheduler
 
 
 def main(arguments: list[str] | None = None) -> None:
+    answer_help(arguments, __doc__, DistillationConfig)
     from trl import TrlParser
 
     (config,) = TrlParser((DistillationConfig,), allow_abbrev=False).parse_args_and_config(arguments)

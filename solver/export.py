@@ -2,7 +2,7 @@
 
     python -m solver.export runs/mini_sd/best --to solver out/solver
     python -m solver.export runs/mini_sd/best --to table out/table --guidance_scale 3
-    python -m solver.export runs/mini_sd/best --to pipeline out/pipeline --model zoo/mini-sd --guidance_scale 3
+    python -m solver.export runs/mini_sd/best --to pipeline out/pipeline --guidance_scale 3
     python -m solver.export --from-public model.ckpt --to solver out/published
 
 | to       | what is in the folder                                | what it needs to load                            |
@@ -111,22 +111,25 @@ def export(
         solver: trained or baked.
         kind: one of `KINDS`.
         output: must not exist, or be empty.
-        model: hub id or local folder of the pipeline; needed for a pipeline, named on the card of the others.
+        model: hub id or local folder of the pipeline; by default the one that the solver was trained on. A pipeline
+            export needs it, the others name it on the card.
         guidance_scale: to bake for, or that the exported solver begins with; the solver's own by default.
         steps: to bake for; by default the `known_steps` of the solver, so those it was trained on.
         mu: to bake a flow model with dynamic shifting for; by default that of its largest image. A baked table does
             not say what it was baked for, so there it must be given.
-        metrics: content of metrics.json, for the card.
+        metrics: content of metrics.json, for the card; of this solver.
 
     Raises:
         ValueError: the folder is not empty, `mu` is needed or means nothing, a pipeline without a model or of another
-            noise schedule, a guidance scale that is not finite, steps for a solver, or a baked solver that is to get
-            back its weights or another guidance scale.
+            noise schedule, a guidance scale that is not finite, steps for a solver, metrics of another solver, or a
+            baked solver that is to get back its weights or another guidance scale.
         OSError: there is no such model, or the folder cannot be written.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not empty; choose a new folder.")
+    _check_metrics(metrics, solver)
+    model = solver.config.trained_model if model is None else model
     guidance = solver.guidance_scale if guidance_scale is None else guidance_scale
     if mu is not None and not solver.config.use_dynamic_shifting:
         raise ValueError(f"--mu {mu:g}: this solver's grid is not shifted by the size of the image; leave it out.")
@@ -153,6 +156,15 @@ def export(
     return output
 
 
+def _check_metrics(metrics: dict | None, solver) -> None:
+    """Raises ValueError for the evaluation of another solver. Of a baked one it cannot be told."""
+    from solver.samplers.digest import solver_digest
+
+    evaluated = (metrics or {}).get("learned_digest")
+    if evaluated and solver.policy is not None and evaluated != solver_digest(solver):
+        raise ValueError(f"The metrics are of another solver, {metrics['learned']}; evaluate this one for its card.")
+
+
 def _bake(solver, guidance_scale, steps, mu):
     if not solver.config.use_dynamic_shifting:
         return solver.bake(steps, guidance_scale, mu)
@@ -165,7 +177,7 @@ def _copy_pipeline(model: str | None, baked, output: Path) -> None:
     import diffusers
 
     if model is None:
-        raise ValueError("A pipeline export needs --model, the pipeline that the solver was trained on.")
+        raise ValueError("A pipeline export needs --model: this solver does not record what it was trained on.")
     try:
         folder = Path(model) if Path(model).is_dir() else Path(diffusers.DiffusionPipeline.download(model))
     except OSError as error:
@@ -339,7 +351,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("output", help="folder to make")
     parser.add_argument("--to", choices=KINDS, required=True)
     parser.add_argument("--from-public", metavar="CKPT", help="the public model.ckpt, in place of a source")
-    parser.add_argument("--model", help="pipeline that the solver was trained on: hub id or local folder")
+    parser.add_argument("--model", help="hub id or local folder of the pipeline; the one it was trained on by default")
     parser.add_argument("--guidance_scale", type=float, help="to bake for, or begin with; the solver's own by default")
     parser.add_argument("--steps", type=int, nargs="+", help="to bake for; those it was trained on by default")
     parser.add_argument("--mu", type=float, help="shift to bake for, of flow models whose grid depends on the size")

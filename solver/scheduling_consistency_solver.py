@@ -28,6 +28,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
+from numbers import Number
 from typing import NamedTuple
 
 import torch
@@ -338,6 +339,11 @@ def _check_span(name: str, span, kind: type | tuple[type, ...]) -> None:
         raise ValueError(f"{name}={span!r}: expected two {called}, the lowest and the highest.")
 
 
+def _is_whole(value) -> bool:
+    """Whether it is a whole number of any type; True and "5" are none."""
+    return isinstance(value, Number) and not isinstance(value, bool) and value % 1 == 0
+
+
 def _span(lowest: float, highest: float) -> str:
     return f"{lowest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"
 
@@ -387,6 +393,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
             and a warning says so once.
         trained_guidance_scales (`list` of two, *optional*): lowest and highest guidance scale that the policy was
             trained on, written by training; any other is told to it as the nearer of the two, with a warning.
+        trained_model (`str`, *optional*): hub id or folder of the pipeline that it was trained on.
         guidance_scale (`float`): default of the attribute of this name, the guidance scale that the policy is told.
         coefficients (`dict`, *optional*): the baked tables, written by `bake`.
 
@@ -433,6 +440,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         weight_ranges: list[list[float]] | None = None,
         trained_steps: list[int] | None = None,
         trained_guidance_scales: list[float] | None = None,
+        trained_model: str | None = None,
         guidance_scale: float = 1.0,
         coefficients: dict | None = None,
     ):
@@ -559,6 +567,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
                 "coefficients": None,
                 "trained_steps": None,
                 "trained_guidance_scales": None,
+                "trained_model": None,
             }
             return cls.from_config(scheduler.config, **{**fresh, **overrides})
         name = type(scheduler).__name__
@@ -681,9 +690,9 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         if len(counts) != 1:
             raise ValueError(f"The number of steps must be given once, or without contradiction; got {given}.")
         steps = counts.pop()
-        if steps != int(steps) or not 1 <= steps <= self.config.num_train_timesteps:
-            raise ValueError(f"The number of steps must be 1 .. {self.config.num_train_timesteps}, got {steps}.")
-        return steps
+        if not _is_whole(steps) or not 1 <= steps <= self.config.num_train_timesteps:
+            raise ValueError(f"The number of steps must be 1 .. {self.config.num_train_timesteps}, got {steps!r}.")
+        return int(steps)
 
     def _flow_base_grid(self, steps, sigmas, timesteps, mu) -> tuple[Tensor, Grid]:
         given = {"sigmas": sigmas, "timesteps": timesteps, "mu": mu}

@@ -15,7 +15,8 @@ from solver.scheduling_consistency_solver import ConsistencySolverScheduler
 # What a policy is, and what its answers mean; all else in a configuration is the model's.
 POLICY_SETTINGS = (
     "base_rule", "lower_order_final", "learn_weights", "learn_grid", "head", "num_bins", "hidden_dim", "inputs",
-    "weight_bound", "grid_bound", "weight_ranges", "trained_steps", "trained_guidance_scales", "guidance_scale",
+    "weight_bound", "grid_bound", "weight_ranges", "trained_steps", "trained_guidance_scales", "trained_model",
+    "guidance_scale",
 )  # fmt: skip
 
 

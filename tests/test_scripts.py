@@ -68,6 +68,14 @@ def test_help_answers_at_once(script):
     assert not imported.intersection(HEAVY)
 
 
+@pytest.mark.parametrize("module", ["solver.distillation", "solver.amed"])
+def test_help_of_the_fits(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and f"python -m {module}" in done.stdout and "--teacher_substeps" in done.stdout
+
+
 def test_root_scripts_are_short():
     for name in ("train.py", "evaluate.py", "sample.py"):
         assert len((ROOT / name).read_text().splitlines()) < 80

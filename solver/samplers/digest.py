@@ -22,6 +22,11 @@ def reward_digest(reward: object) -> str:
     return networks_digest({} if network is None else {"network": network})
 
 
+def solver_digest(solver: object) -> str:
+    """The same of a learned solver's policy; of a baked one, which has none, a constant."""
+    return networks_digest({} if solver.policy is None else {"policy": solver.policy})
+
+
 def networks_digest(networks: Mapping[str, torch.nn.Module]) -> str:
     """sha256 over the names, shapes and first values of all tensors of all networks."""
     digest = hashlib.sha256()

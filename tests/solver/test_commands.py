@@ -52,6 +52,7 @@ def test_training_leaves_solvers_and_resumes(run):
     assert load(folder / "checkpoint-2").config.solver_order == 2
     assert load(folder / "best").policy is not None
     assert load(folder / "final").config.trained_steps == [3, 3]
+    assert load(folder / "best").config.trained_model == arguments[arguments.index("--model") + 1]
     train([*arguments, *words(resume_from_checkpoint="last", num_iterations=3)])
     assert (folder / "checkpoint-3").is_dir()
 

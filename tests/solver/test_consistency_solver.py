@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -411,6 +412,19 @@ def test_gradients_reach_every_live_action_and_no_dead_one():
         mask = ours.action_mask(5)
         assert (actions.grad[:, mask] != 0).all()
         assert (actions.grad[:, ~mask] == 0).all()
+
+
+@pytest.mark.parametrize("steps", [True, "5", 5.5, math.nan, math.inf, 0, 1001])
+def test_steps_that_are_no_number_of_steps(steps):
+    with pytest.raises(ValueError, match=r"The number of steps must be 1 \.\. 1000, got "):
+        solver().set_timesteps(steps)
+
+
+def test_steps_of_other_types_are_whole_numbers_too():
+    ours = solver()
+    for steps in (5.0, np.int64(5)):
+        ours.set_timesteps(steps)
+        assert ours.num_inference_steps == 5 and type(ours.num_inference_steps) is int
 
 
 def test_outside_of_the_trained_steps_it_is_the_base_rule():

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiff
 
 from solver import ConsistencySolverScheduler
 from solver.export import KINDS, export, main, model_card
+from solver.samplers.digest import solver_digest
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 
@@ -214,6 +215,31 @@ def test_card_has_the_evaluation_table(folder, tmp_path):
     )
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| 3 | 5 | learned | 33 ± 0.5 |" in card and "| 3 | 5 | dpm2m | 30 ± 0.5 |" in card and "ddim" not in card
+
+
+def test_metrics_of_another_solver_are_refused(folder, tmp_path):
+    solver = ConsistencySolverScheduler.from_pretrained(folder / "solver")
+    rows = [
+        {"solver": "learned", "steps": 5, "guidance_scale": 3.0, "metrics": {"pixels": {"mean": 1, "ci95": [0, 2]}}}
+    ]
+    metrics = {"model": "m", "dataset": {"prompts": "p"}, "rows": rows, "learned": "runs/other"}
+    metrics["learned_digest"] = solver_digest(solver)
+    export(solver, "solver", tmp_path / "own", metrics=metrics)
+    with torch.no_grad():
+        solver.policy.mlp[-1].weight.add_(0.1)
+    with pytest.raises(ValueError, match="The metrics are of another solver, runs/other"):
+        export(solver, "solver", tmp_path / "other", metrics=metrics)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_model_is_the_one_it_was_trained_on(folder, tmp_path):
+    solver = ConsistencySolverScheduler.from_pretrained(folder / "solver")
+    solver.register_to_config(trained_model=str(folder / "sd"))
+    solver.save_pretrained(tmp_path / "best")
+    main([str(tmp_path / "best"), "--to", "pipeline", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "unet").is_dir()
+    fresh = ConsistencySolverScheduler.from_scheduler(ConsistencySolverScheduler.from_pretrained(tmp_path / "best"))
+    assert fresh.config.trained_model is None
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"rows": []}', '{"rows": [{"solver": "learned"}]}'])
