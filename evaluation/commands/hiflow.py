@@ -49,11 +49,14 @@ def run(given: Namespace) -> Path | str:
     check_steps(*given.stage_steps or (), option="--stage_steps")
     for scale in given.guidance_scale or ():
         check_guidance("--guidance_scale", scale)
+    from solver.samplers.hiflow.explain import FAMILIES, as_table, explain
     from solver.samplers.hiflow.plan import as_recipe, with_changes, with_steps
 
-    recipe = as_recipe(given.preset)
-    if given.steps is not None:
-        recipe = with_steps(recipe, given.steps)
+    recipe, steps = as_recipe(given.preset), given.steps
+    if steps is None and given.explain and given.family in FAMILIES:
+        steps = FAMILIES[given.family].steps
+    if steps is not None:
+        recipe = with_steps(recipe, steps)
     tuples = {name: getattr(given, name) for name in ("stage_steps", "tau", "cutoff", "alpha", "beta")}
     tuples = {name: tuple(values) for name, values in tuples.items() if values}
     for name, values in tuples.items():
@@ -64,8 +67,6 @@ def run(given: Namespace) -> Path | str:
     guidance = guidance[0] if guidance and len(guidance) == 1 else guidance
     if not given.explain:
         return _render(given, recipe, guidance)
-    from solver.samplers.hiflow.explain import as_table, explain
-
     report = explain(given.family, given.sizes, recipe, guidance, given.alignment)
     return json.dumps(report, indent=1) if given.json else as_table(report)
 

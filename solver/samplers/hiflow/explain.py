@@ -22,7 +22,7 @@ from solver.samplers.cost import NETWORKS, image_tokens, run_flops
 from solver.samplers.grids import QWEN_SHIFT, latent_diffusion_grid, own_grid, shifted
 from solver.samplers.hiflow.memory import GIB, activation_bytes, decoder_bytes
 from solver.samplers.hiflow.noise import check_rule
-from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, plan_stages
+from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, plan_stages, with_steps
 
 BF16 = 2  # bytes
 
@@ -40,6 +40,7 @@ class Family:
         condition: pixels of an image to edit that runs along.
         largest: pixels a side that it has positions for.
         distilled: whether the model is told its guidance scale, so that the recipe has one for each stage.
+        steps: of a base run of a model that was distilled to few; of others the preset says it.
     """
 
     network: str
@@ -50,6 +51,7 @@ class Family:
     condition: int = 0
     largest: int | None = None
     distilled: bool = False
+    steps: int | None = None
 
     @property
     def unet(self) -> bool:
@@ -65,7 +67,7 @@ SHIFT_3 = partial(own_grid, shift=3.0)
 FAMILIES = {
     "flux": Family("flux-dev", 16.87, 3072, 3.5, DYNAMIC, distilled=True),
     "flux-kontext": Family("flux-dev", 16.87, 3072, 3.5, DYNAMIC, condition=1024**2, distilled=True),
-    "flux-schnell": Family("flux-schnell", 16.86, 3072, 0.0, shifted),
+    "flux-schnell": Family("flux-schnell", 16.86, 3072, 0.0, shifted, steps=4),
     "sd3": Family("sd3-medium", 7.69, 1536, 7.0, SHIFT_3, largest=192 * 16),
     "sd3.5-large": Family("sd3.5-large", 13.72, 2432, 7.0, SHIFT_3, largest=192 * 16),
     "qwen-image": Family("qwen-image", 28.85, 3072, 4.0, partial(shifted, **QWEN_SHIFT)),
@@ -81,7 +83,7 @@ def explain(
     guidance_scale: float | Sequence[float] | None = None,
     alignment: str = "full",
 ) -> dict:
-    """The plan, its FLOPs and its memory. Arguments as of `hiflow`.
+    """The plan, its FLOPs and its memory. Arguments as of `hiflow`; a preset by name has the model's own steps.
 
     Raises:
         ValueError: the family is none of `FAMILIES`, or the plan does not fit together.
@@ -90,6 +92,8 @@ def explain(
         raise ValueError(f"family {family!r}: plans without weights are known for {', '.join(FAMILIES)}.")
     model, network = FAMILIES[family], NETWORKS[FAMILIES[family].network]
     recipe = as_recipe(preset)
+    if isinstance(preset, str) and model.steps:
+        recipe = with_steps(recipe, model.steps)
     check_rule(recipe.acceleration, "epsilon" if model.unet else "flow")
     stages = plan_stages(sizes, recipe, network.pixels, guidance_scale, alignment, model.distilled, model.flux)
     largest = max(stages[-1].height, stages[-1].width)

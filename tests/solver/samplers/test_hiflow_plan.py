@@ -74,6 +74,14 @@ def test_every_family_has_a_plan(family):
     assert costs[0] / 30 < costs[1] / 16 < costs[2] / 10
 
 
+def test_schnell_has_its_few_steps(capsys):
+    assert [stage["steps"] for stage in explain("flux-schnell", LADDER)["stages"]] == [4, 2, 1]
+    sample.main(["hiflow", "--explain", "--family", "flux-schnell", "--json"])
+    assert [stage["steps"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [4, 2, 1]
+    sample.main(["hiflow", "--explain", "--family", "flux-schnell", "--json", "--steps", "8", "--stage_steps", "3"])
+    assert [stage["steps"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [8, 3, 3]
+
+
 def test_guidance_is_the_recipes_only_for_distilled_models():
     assert {stage["guidance_scale"] for stage in explain("sdxl", LADDER[:2])["stages"]} == {5.0}
     assert [stage["guidance_scale"] for stage in explain("flux", LADDER, guidance_scale=(1, 2, 3))["stages"]] == [
