@@ -66,12 +66,14 @@ def test_ramps_fall_to_one_step():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_a_plan(family):
     report = explain(family, (1024, 1536, 2048))
-    assert [stage["steps"] for stage in report["stages"]] == [30, 16, 10]
+    steps = [stage["steps"] for stage in report["stages"]]
+    assert steps == ([4, 2, 1] if family == "flux-schnell" else [30, 16, 10])
     for stage in report["stages"]:
         assert len(stage["sigmas"]) == stage["steps"] + 1
         assert all(a > b for a, b in zip(stage["sigmas"][:-1], stage["sigmas"][1:], strict=True))
     costs = report["tflops"]["per_stage"]
-    assert costs[0] / 30 < costs[1] / 16 < costs[2] / 10
+    each = [cost / count for cost, count in zip(costs, steps, strict=True)]
+    assert each == sorted(each)
 
 
 def test_schnell_has_its_few_steps(capsys):
@@ -187,7 +189,7 @@ def test_the_command_explains(capsys):
     sample.main(["hiflow", "--explain", "--sizes", "768x1024", "1536x2048", "--tau", "0.5", "--guidance_scale", "4"])
     table = capsys.readouterr().out
     assert "1536 x 2048    15" in table and "GiB" in table
-    with pytest.raises(ValueError, match="--model, --prompt, --seed, --output"):
+    with pytest.raises(ValueError, match="--model, --prompt, --seed: needed"):
         sample.main(["hiflow"])
     with pytest.raises(ValueError, match=r"--cutoff \(0.1, 0.2, 0.3\): expected at most 2, one a larger stage"):
         sample.main(["hiflow", "--explain", "--cutoff", "0.1", "0.2", "0.3"])
