@@ -14,6 +14,7 @@ class Parts:
     """The components that events read or change, and a place for a message under each that can be wrong."""
 
     visit: gr.State
+    more: gr.Accordion | None = None  # opens where one of its fields is wrong
     fields: dict[str, gr.components.Component] = field(default_factory=dict)
     slots: dict[str, gr.HTML] = field(default_factory=dict)
     sheet: dict = field(default_factory=dict)
@@ -53,7 +54,7 @@ def _form(parts: Parts, table: LightTable) -> None:
     _row(parts, ("steps", 5, "Steps", "Of a preview."), ("candidates", 8, "Candidates", "Seeds of each prompt."))
     random = ("is_random", False, "Random", "Another first seed each time.")
     _row(parts, ("seed", 7, "First seed", "The others follow it."), random)
-    with gr.Accordion("More settings", open=False):
+    with gr.Accordion("More settings", open=False) as parts.more:
         parts.place("negative_prompt", gr.Textbox(label="Negative prompt", info="What the picture shall not show."))
         _row(parts, ("guidance_scale", 3, "Guidance", None), ("full_steps", 40, "Steps of a full render", None))
         _row(parts, ("height", height, "Height in pixels", None), ("width", width, "Width in pixels", None))

@@ -17,8 +17,10 @@ CSS = """
 .html-container {padding: 0}
 .cost {min-height: 1.75rem}
 .status {min-height: 2.5rem}
-.shelf .grid-container {padding-top: 1.75rem}
+.shelf .grid-container {padding-top: 1.75rem; --least: max(5rem, 100% / (var(--grid-cols) + 1))}
+.shelf .grid-container {grid-template-columns: repeat(auto-fill, minmax(var(--least), 1fr))}  /* none is cut off */
 .shelf .grid-wrap {min-height: 0; max-height: none}
+.status .pending, .status.pending {opacity: 1}
 .shelf:has(.preview) .grid-wrap {min-height: 24rem}
 .shelf .caption-label {white-space: normal; text-align: left; max-height: 50%; overflow: hidden}
 #sheet .thumbnail-item {border: 0; box-shadow: none}

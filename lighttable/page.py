@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 PROGRESS = gr.Progress()  # as a default argument, it asks gradio for the event's own
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 STOPPED = "Stopped. What was finished is in the history."
+MORE = ("negative_prompt", "guidance_scale", "full_steps", "height", "width")  # fields that may be folded away
 KEPT_SECONDS = 24 * 3600  # of gradio's copies of pictures
 
 
@@ -71,7 +72,8 @@ class Events:
     # Coming and going
 
     def arrive(self, request: gr.Request) -> Visit:
-        self.visits[request.session_hash] = visit = Visit(self.output)
+        visit = Visit(self.output, request.session_hash)
+        self.visits[visit.session] = visit
         return visit
 
     def leave(self, request: gr.Request) -> None:
@@ -177,7 +179,7 @@ class Events:
     def stop(self, visit: Visit | None) -> str:
         if visit is not None:
             visit.stop.set()
-        return wording.said(STOPPED)
+        return wording.said(STOPPED if visit and visit.history else "Stopped.")
 
     # Looking
 
@@ -187,12 +189,12 @@ class Events:
         return pairs[event.index].side_by_side() if event.index < len(pairs) else None
 
     def history(self, visit: Visit | None) -> tuple:
-        made = visit.history[::-1] if visit else []
+        made = visit.look_back() if visit else []
         pictures = [(str(kept.path), wording.title(kept.recipe)) for kept in made]
         return pictures, [str(kept.path) for kept in made], ""
 
     def facts(self, visit: Visit | None, event: gr.SelectData) -> str:
-        made = visit.history[::-1] if visit else []
+        made = visit.seen if visit else []  # what is shown: a run that goes on has made more
         return wording.facts_table(made[event.index].facts) if event.index < len(made) else ""
 
     # Shared
@@ -209,7 +211,7 @@ class Events:
             yield {status: wording.said(STOPPED)}
         except torch.OutOfMemoryError:
             yield {status: wording.wrong("The device has too little memory for this size; choose a smaller one.")}
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             log.warning("%s", error)
             yield {status: wording.wrong(str(error))}
         except Exception:  # the page's edge: the visitor gets a sentence, the log the rest, and the server lives on
@@ -217,9 +219,10 @@ class Events:
             yield {status: wording.wrong("Something went wrong; the server's log says what. Please try again.")}
 
     def _messages(self, error: FormError | None = None) -> dict:
-        """All places for messages: empty, but that of the error."""
+        """All places for messages: empty, but that of the error, which is unfolded."""
         field = error.field if error else None
-        return {
+        unfolded = {self.parts.more: gr.update(open=True)} if field in MORE else {}
+        return unfolded | {
             slot: gr.update(value=wording.wrong(str(error)) if name == field else "", visible=name == field)
             for name, slot in self.parts.slots.items()
         }
@@ -232,13 +235,14 @@ class Events:
         visit = given[self.parts.visit]
         if visit is None:
             raise ValueError("The server does not know this page any more; please reload it.")
+        self.visits[visit.session] = visit  # a page that was gone is here again, and may go again
         return visit
 
 
 def _wire(page: gr.Blocks, parts: Parts, events: Events) -> None:
     """Which component calls what."""
     visit, sheet, refine, compare, history = parts.visit, parts.sheet, parts.refine, parts.compare, parts.history
-    form, slots = [*parts.fields.values()], [*parts.slots.values()]
+    form, slots = [*parts.fields.values()], [*parts.slots.values(), parts.more]
     costs = {
         "fn": events.cost,
         "inputs": {*form, compare["methods"]},

@@ -49,20 +49,24 @@ class Visit:
 
     Args:
         output: folder in which the visit gets one of its own, with a name that cannot be guessed.
+        session: gradio's name of the page.
 
     Attributes:
         folder: of its PNGs.
         sheet: the pictures of the last proof sheet, in order.
         refined: what has been refined of it, a `runs.Refined` each.
         history: all pictures, the oldest first.
+        seen: the history as the page shows it, the newest first.
         stop: of the run that was last begun; set when it is to end.
     """
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path, session: str = ""):
+        self.session = session
         self.folder = output / secrets.token_urlsafe(24)
         self.sheet: list[Kept] = []
         self.refined: list = []
         self.history: list[Kept] = []
+        self.seen: list[Kept] = []
         self.stop = threading.Event()
         self._written, self._ended = 0, False
 
@@ -84,10 +88,16 @@ class Visit:
         has_checkpoint = picture.checkpoint is not None
         kept = Kept(path, picture.recipe, picture.facts, picture.evaluations, picture.seconds, has_checkpoint)
         self.history.append(kept)
-        for old in self.history[:-MOST_KEPT]:
+        needed = {one.path for one in self.sheet} | {one.path for pair in self.refined for one in pair[:2]}
+        for old in [one for one in self.history[:-MOST_KEPT] if one.path not in needed]:
             self._delete(old)
-        del self.history[:-MOST_KEPT]
+            self.history.remove(old)
         return kept
+
+    def look_back(self) -> list[Kept]:
+        """The history, the newest first, as `seen` from now on."""
+        self.seen = self.history[::-1]
+        return self.seen
 
     def end(self) -> None:
         """The visitor is gone: the run stops, the files go."""

@@ -74,7 +74,7 @@ def facts_table(facts: dict[str, str]) -> str:
 def title(recipe: Recipe) -> str:
     """A picture in a few words."""
     steps = "" if recipe.method == "half" else f", {count(recipe.steps, 'step')}"
-    return f"{METHODS[recipe.method]}{steps}, seed {recipe.seed}"
+    return f"Seed {recipe.seed}: {METHODS[recipe.method]}{steps}"
 
 
 def caption(number: int, recipe: Recipe, several: bool) -> str:

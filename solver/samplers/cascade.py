@@ -54,7 +54,9 @@ class Segment(NamedTuple):
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler belongs to a flow model."""
+    """Whether a scheduler belongs to a flow model; of one that walks a segment, the solver behind it."""
+    if isinstance(scheduler, SegmentScheduler):
+        return is_flow(scheduler._solver)
     named = any("FlowMatch" in kind.__name__ for kind in type(scheduler).__mro__)
     return named or scheduler.config.get("prediction_type") == "flow_prediction"
 

@@ -127,7 +127,7 @@ def test_a_screen_reader_is_told_every_name_and_role(visit):
         "refined": {
             ("checkbox", "1 · seed 7"), ("button", "2 · seed 8"), ("button", "Refine the picked pictures"),
             ("slider", "Preview, and full render"), ("image", "Preview"), ("image", "Full render"),
-            ("button", "Full render, 40 steps, seed 7"), ("columnheader", "pixels (dB)"),
+            ("button", "Seed 7: Full render, 40 steps"), ("columnheader", "pixels (dB)"),
         },
         "compare": {("checkbox", "Full render"), ("button", "Compare")},
         "history": {("link", "Download 001-"), ("rowheader", "prompt")},

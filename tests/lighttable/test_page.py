@@ -99,7 +99,7 @@ def test_from_the_first_visit_to_the_refined_picture(page, sd_table):
     assert "took 117% of 2 full renders." in said  # 2 of 4 steps and 1 of 6, for 2 of 6
     (refined,) = visit_of(page, visitor).refined
     assert refined.preview == sheet[1] and refined.full.recipe == sheet[1].recipe.full
-    assert "seed 8" in visitor.call("history")
+    assert "Seed 8: Learned solver, 4 steps" in visitor.call("history")
 
 
 def _gallery(said):

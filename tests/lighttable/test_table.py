@@ -154,6 +154,9 @@ def test_refinements_and_comparisons_are_kept(sd_table, never, tmp_path, monkeyp
 
     monkeypatch.setattr("lighttable.visit.MOST_KEPT", 4)
     visit.keep(sheet[0].picture())
+    assert all(kept.path.is_file() for kept in (*visit.sheet, *(one.full for one in visit.refined)))  # still needed
+    visit.sheet, visit.refined = [], []
+    visit.keep(sheet[0].picture())
     assert len(visit.history) == len(list(visit.folder.glob("*.png"))) == 4
 
 

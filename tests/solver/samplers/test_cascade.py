@@ -13,7 +13,7 @@ from diffusers import (
 from tiny_pipelines import FAMILIES, tiny_pipeline
 
 from solver import ConsistencySolverScheduler
-from solver.samplers.cascade import Segment, encoded_once, run_segment, set_grid, sigma_grid
+from solver.samplers.cascade import Segment, encoded_once, is_flow, run_segment, set_grid, sigma_grid
 from solver.samplers.latents import latent_shape, pack, unpack
 
 STEPS = 3
@@ -134,6 +134,14 @@ def test_the_learned_solver_walks_given_sigmas():
     segment = Segment(sigmas, SIZE, SIZE)
     euler = run_segment(pipe, noise, segment, **call)
     assert torch.equal(run_segment(pipe, noise, segment, scheduler=order_one, **call), euler)
+
+
+def test_a_pipeline_is_a_flow_model_while_it_walks_a_segment():
+    pipe, call, noise = prepared("flux")
+    seen = []
+    segment = Segment(None, SIZE, SIZE, lambda *step: seen.append(is_flow(pipe.scheduler)), steps=(0, STEPS, STEPS))
+    run_segment(pipe, noise, segment, **call)
+    assert seen == [True] * STEPS
 
 
 def test_prompts_are_encoded_once_and_who_encodes_them_stays():
