@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 from torchvision.io import encode_png
 
 from data.noise import initial_noise, noise_check
@@ -222,15 +222,25 @@ def load_pipeline(
 def make_scheduler(name: str, kwargs: Mapping, own: SchedulerMixin) -> SchedulerMixin:
     """A deterministic scheduler on the noise schedule of `own`. Raises ValueError as `load_pipeline` says."""
     scheduler_class = getattr(diffusers, name, None)
-    if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, SchedulerMixin)):
+    if not (
+        inspect.isclass(scheduler_class) and issubclass(scheduler_class, SchedulerMixin) and _steps(scheduler_class)
+    ):
         raise ValueError(f"scheduler={name!r} is not a scheduler class of diffusers {diffusers.__version__}.")
     unknown = kwargs.keys() - inspect.signature(scheduler_class.__init__).parameters.keys()
     if unknown:
         raise ValueError(f"{name} takes no {', '.join(sorted(unknown))}; see its signature in diffusers.")
-    scheduler = scheduler_class.from_config(own.config, **kwargs)
+    try:
+        scheduler = scheduler_class.from_config(own.config, **kwargs)
+    except TypeError as error:  # it needs what a noise schedule of this kind does not have
+        raise ValueError(f"{name} cannot take the place of {type(own).__name__}: {error}.") from error
     _check_deterministic(scheduler)
     _check_noise_schedule(scheduler, own)
     return scheduler
+
+
+def _steps(scheduler_class: type) -> bool:
+    """Whether it can be set up and walked; `SchedulerMixin` itself cannot."""
+    return issubclass(scheduler_class, ConfigMixin) and hasattr(scheduler_class, "step")
 
 
 def _check_deterministic(scheduler: SchedulerMixin) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from data.prompts import source_identity
 from evaluation.recipe import Recipe, size
-from evaluation.single import PREFIX, full_scheduler
+from evaluation.single import PREFIX, full_scheduler, open_picture
 from solver import ConsistencySolverScheduler
 from solver.samplers.digest import tensors_digest, weights_digest
 
@@ -60,11 +60,7 @@ def read(path: Path) -> tuple[Image.Image, dict[str, str]]:
         OSError: there is no such file, or it is no picture.
         ValueError: it is too large, or does not say how it was made.
     """
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            texts, image = image.text, image.convert("RGB")
-    except (Image.DecompressionBombError, SyntaxError) as error:  # what PIL raises for a hostile or broken PNG
-        raise ValueError(f"{path} is no picture that can be read: {error}") from error
+    image, texts = open_picture(path, ["PNG"])
     facts = {name.removeprefix(PREFIX): str(text) for name, text in texts.items() if name.startswith(PREFIX)}
     if not facts:
         raise ValueError(f"{path} does not say how it was made.")

@@ -124,6 +124,23 @@ def save_png(image: Image.Image, path: Path, facts: Mapping[str, object]) -> Non
     image.save(path, format="PNG", pnginfo=chunks)
 
 
+def open_picture(path: Path, formats: Sequence[str] | None = None) -> tuple[Image.Image, dict[str, str]]:
+    """A picture in RGB and, of a PNG, its text chunks.
+
+    Raises:
+        OSError: there is no such file, or it is no picture of these formats.
+        ValueError: it is too large, or broken.
+    """
+    try:
+        with Image.open(path, formats=formats) as image:
+            text = image.text if image.format == "PNG" else {}
+            return image.convert("RGB"), text
+    except OSError:
+        raise
+    except Exception as error:  # whatever a file that a stranger made brings PIL's decoders to
+        raise ValueError(f"{path} is no picture that can be read: {type(error).__name__}, {error}") from error
+
+
 def read_facts(path: Path, names: Sequence[str]) -> dict:
     """Some of what `save_png` wrote.
 
@@ -131,11 +148,7 @@ def read_facts(path: Path, names: Sequence[str]) -> dict:
         OSError: there is no such file, or it is no picture.
         ValueError: the picture is too large or broken, does not say how it was made, or says no numbers.
     """
-    try:
-        with Image.open(path) as image:
-            text = image.text if image.format == "PNG" else {}
-    except (Image.DecompressionBombError, SyntaxError) as error:  # what PIL raises for a hostile or broken PNG
-        raise ValueError(f"{path} is no picture that can be read: {error}") from error
+    _, text = open_picture(path)
     facts = {name: text[PREFIX + name] for name in names if PREFIX + name in text}
     if not facts:
         raise ValueError(f"{path} does not say how it was made; give --model, --prompt and --seed.")

@@ -120,7 +120,9 @@ def _render(given: Namespace, options) -> Path:
         # One by one: a batch would differ from the picture's own run in the last bits.
         made = preview(pipe, given.prompt, given.seed + number - 1, options, stepper=stepper, **size, **call)
         made.checkpoint.save(output / str(number))
-        save_picture(made.image, output / f"{number}.png", picture_facts | {"seed": made.checkpoint.seed})
+        save_picture(
+            made.image, output / f"{number}.png", picture_facts | {"seed": made.checkpoint.seed, "preview": number}
+        )
         shown.append(made)
     facts = {"model": given.model, "dtype": given.dtype, "prompt": given.prompt}
     facts["candidates"] = [{"seed": made.checkpoint.seed, **made.report} for made in shown]

@@ -43,6 +43,8 @@ def run(given: Namespace) -> Path:
     check_output(given.output)
     if given.preview is None and given.pick is not None:
         given.preview = last_previews()
+    if given.preview and given.preview.is_file() and (given.preview.parent / FACTS).is_file() and given.pick is None:
+        given.preview, given.pick = given.preview.parent, _number(given.preview)
     if given.preview and given.preview.is_dir():
         return _go_on(given)
     if given.pick is not None:
@@ -52,10 +54,22 @@ def run(given: Namespace) -> Path:
     from evaluation.rendering import load_pipeline
     from evaluation.single import full_scheduler, read_facts, render_png
 
-    facts = picture_facts(given, read_facts(given.preview, KEPT) if given.preview else None) | {"dtype": given.dtype}
+    remembered = read_facts(given.preview, (*KEPT, "preview")) if given.preview else {}
+    if "preview" in remembered:
+        raise ValueError(
+            f"{given.preview} is a preview whose run goes on from the files beside it; name their folder."
+        )
+    facts = picture_facts(given, remembered) | {"dtype": given.dtype}
     pipe = load_pipeline(facts["model"], given.dtype, given.device, pipeline_class(facts))
     pipe.scheduler = full_scheduler(given.scheduler, pipe.scheduler)
     return render_png(pipe, facts, steps, given.output, solver=type(pipe.scheduler).__name__)
+
+
+def _number(picture: Path) -> int:
+    """Of a picture of a folder of previews. Raises ValueError if it is another."""
+    if not picture.stem.isdecimal():
+        raise ValueError(f"--preview {picture}: which preview is meant? Name the folder, and --pick one.")
+    return int(picture.stem)
 
 
 def _go_on(given: Namespace) -> Path:

@@ -1,5 +1,6 @@
 """The light table's pictures are those of `sample.py`, bit for bit, and their PNGs make them again."""
 
+import struct
 import zlib
 
 import pytest
@@ -136,6 +137,8 @@ FACTS = {"model": "zoo/none", "prompt": "x", "seed": "7", "solver": "DDIMSchedul
         ({"method": "os.system"}, "method 'os.system': expected one of"),
         ({"method": "solver", "solver": ""}, "needs a learned solver"),
         ({"solver": "ralu 4x"}, "made by `sample.py ralu`"),
+        ({"solver": "SchedulerMixin", "model": "MODEL"}, "not a scheduler class of diffusers"),
+        ({"solver": "VQDiffusionScheduler", "model": "MODEL"}, "VQDiffusionScheduler cannot take the place of"),
         ({"dtype": "eval"}, "says dtype 'eval'"),
         ({"image": "/etc/passwd"}, "an edit of '/etc/passwd', which it does not contain"),
         ({"model": None}, "does not say its model"),
@@ -162,6 +165,12 @@ def test_broken_files_are_sentences(tmp_path):
     Image.new("RGB", (4, 4)).save(path)
     with pytest.raises(ValueError, match="does not say how it was made"):
         main(["remake", str(path)])
+    whole = path.read_bytes()
+    for name, data in ((b"cHRM", b"x"), (b"gAMA", b""), (b"iCCP", b""), (b"tRNS", b"x")):
+        chunk = struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        path.write_bytes(whole[:-12] + chunk + whole[-12:])  # before the last chunk
+        with pytest.raises((ValueError, OSError)):
+            main(["remake", str(path)])
     chunks = PngInfo()
     chunks.add(b"zTXt", PREFIX.encode() + b"prompt\0\0" + zlib.compress(b"x" * 10**8))
     Image.new("RGB", (4, 4)).save(path, pnginfo=chunks)

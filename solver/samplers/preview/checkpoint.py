@@ -66,8 +66,8 @@ class Checkpoint:
 
     def save(self, path: str | Path) -> None:
         """Writes `path` with the suffixes .safetensors and .json; the JSON last, so that a torn write has none."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        numbers_path, tensors_path = _files(path)
+        numbers_path.parent.mkdir(parents=True, exist_ok=True)
         texts = asdict(self)
         tensors = {f"history.{name}": value for name, value in texts.pop("history").items()}
         tensors |= {f"call.{name}": value for name, value in self.call.items() if isinstance(value, Tensor)}
@@ -75,8 +75,8 @@ class Checkpoint:
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         texts["call"] = {name: value for name, value in self.call.items() if not isinstance(value, Tensor)}
         texts["digest"] = _digest(texts, tensors)
-        save_file(tensors, path.with_suffix(".safetensors"))
-        path.with_suffix(".json").write_text(json.dumps(texts, indent=1) + "\n")
+        save_file(tensors, tensors_path)
+        numbers_path.write_text(json.dumps(texts, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Checkpoint":
@@ -86,10 +86,10 @@ class Checkpoint:
             OSError: a file is missing.
             ValueError: it is no checkpoint, of another format, or one of the two files is not what was written.
         """
-        path = Path(path)
+        numbers_path, tensors_path = _files(path)
         try:
-            texts = json.loads(path.with_suffix(".json").read_text())
-            tensors = load_file(path.with_suffix(".safetensors"))
+            texts = json.loads(numbers_path.read_text())
+            tensors = load_file(tensors_path)
         except (ValueError, SafetensorError) as error:
             raise ValueError(f"{path}: no checkpoint that can be read ({error}); make the preview again.") from error
         found = texts.get("format") if isinstance(texts, dict) else None
@@ -122,6 +122,14 @@ class Checkpoint:
 def _digest(texts: Mapping, tensors: Mapping[str, Tensor]) -> str:
     """sha256 of both files' contents."""
     return hashlib.sha256((json.dumps(texts, sort_keys=True) + tensors_digest(tensors)).encode()).hexdigest()
+
+
+def _files(path: str | Path) -> tuple[Path, Path]:
+    """The two files of a checkpoint; `path` may have the suffix of one of them, and any other dots."""
+    path = Path(path)
+    if path.suffix in (".json", ".safetensors"):
+        path = path.with_suffix("")
+    return path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.safetensors")
 
 
 def fingerprint(pipe: DiffusionPipeline) -> dict:

@@ -82,6 +82,10 @@ class PreviewOptions:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, values))}.")
+        for name in ("num_inference_steps", "scale", "corrections"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a whole number.")
+        self._check_distilled()
         for name in ("switch", "guided_steps"):  # fractions become steps
             value = getattr(self, name)
             steps = round(value * self.num_inference_steps) if isinstance(value, float) and 0 < value < 1 else value
@@ -100,6 +104,15 @@ class PreviewOptions:
         if self.target == "extrapolated" and self.switch < 1:
             raise ValueError("target='extrapolated' needs the velocities of two steps, so a switch of 1 or more.")
 
+    def _check_distilled(self) -> None:
+        """Before fractions are rounded: a sixth of 3 steps asks for guidance, though it becomes none."""
+        if self.is_guided and 0 < self.num_inference_steps < FEWEST_STEPS:
+            raise ValueError(
+                f"num_inference_steps={self.num_inference_steps}: guidance needs a velocity that stays nearly "
+                f"constant for some steps, and a distilled model of fewer than {FEWEST_STEPS} has none. Use "
+                "guided_steps=0."
+            )
+
     def _check_steps(self) -> None:
         total, small = self.num_inference_steps, self.small_steps
         if total < 1:
@@ -113,11 +126,6 @@ class PreviewOptions:
             raise ValueError(
                 f"guided_steps={self.guided_steps}: expected 0 to {most}, the small steps "
                 f"{'from' if self.guide_at_switch else 'after'} step {self.switch} on."
-            )
-        if self.is_guided and total < FEWEST_STEPS:
-            raise ValueError(
-                f"num_inference_steps={total}: guidance needs a velocity that stays nearly constant for some steps, "
-                f"and a distilled model of fewer than {FEWEST_STEPS} has none. Use guided_steps=0."
             )
 
     @property

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 
 from solver.samplers.cascade import Segment, fresh_copy, require_flow, run_segment, set_grid, sigma_grid
@@ -33,6 +34,12 @@ from solver.samplers.preview.selection import (
 )
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler
 
+# Arguments of pipelines that count the steps of a run, or say its grid, or how many pictures it makes.
+UNSUPPORTED = (
+    "skip_guidance_layers", "control_guidance_start", "control_guidance_end", "sigmas", "timesteps",
+    "num_images_per_prompt", "num_videos_per_prompt", "num_inference_steps", "latents", "generator",
+)  # fmt: skip
+
 
 class Run(NamedTuple):
     """What all phases of one preview share."""
@@ -54,6 +61,10 @@ class Run(NamedTuple):
 def begin_run(pipe, call, seeds, options, size, stepper, cache) -> Run:
     """Sizes, solvers and grids. Raises ValueError as `preview` says."""
     require_flow(pipe, pipe.scheduler)
+    if refused := [name for name in UNSUPPORTED if call.get(name) is not None]:
+        raise ValueError(f"{', '.join(refused)}: not in a preview, whose run is cut into several calls; leave it out.")
+    if cache is not None and not isinstance(denoiser(pipe), CacheMixin):
+        raise ValueError(f"cache: {type(denoiser(pipe)).__name__} of this version of diffusers has no feature caches.")
     if getattr(denoiser(pipe), "is_cache_enabled", False):
         raise ValueError("A feature cache is on; call disable_cache() and pass cache=, so that it changes size too.")
     height, width = (own if given is None else given for given, own in zip(size, default_size(pipe), strict=True))
@@ -146,8 +157,9 @@ def shrunk(run: Run, x: Tensor, velocity: Tensor | None, before: Tensor | None) 
             return subsample(seen(now), index_BHW, options.scale, unit)
 
         if first and options.guide_at_switch and options.is_guided:  # that step is done: correct where it led
-            strength = options.step_strengths(run.small)[0]
-            begin = begin.float() + strength * commutator(asked, target(sigma))
+            strength, difference = options.step_strengths(run.small)[0], commutator(asked, target(sigma))
+            begin = begin.float() + strength * difference
+            run.report["guidance_norms"].append(norms(difference).tolist())
     return _small_steps(run, begin, solver, first, target)
 
 
@@ -248,7 +260,7 @@ def _small_steps(run: Run, begin: Tensor, solver: SchedulerMixin, first: int, ta
                 segment = Segment(grid, *_small_size(run), guidance, steps=(start, end, stop))
                 with cached(run.pipe, cache):
                     x = run_segment(run.pipe, x, segment, scheduler=solver, **run.call)
-    run.report["guidance_norms"] = [value.tolist() for value in guidance.norms]
+    run.report["guidance_norms"] += [value.tolist() for value in guidance.norms]
     if run.options.is_guided:
         run.report["target_norm"] = norms(target(float(grid[0]))).tolist()
     return x

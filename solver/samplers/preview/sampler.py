@@ -83,6 +83,8 @@ def preview(
     options = options or PreviewOptions()
     seeds = as_seeds(seed)
     call = {"prompt": prompt, **call} if prompt is not None else call
+    if not seeds:
+        raise ValueError("There are no prompts and no seeds.")
     if number_of_pictures(call) != len(seeds):
         raise ValueError(f"{len(seeds)} seeds for {number_of_pictures(call)} prompts: expected one seed a prompt.")
     with encoded_once(pipe):
@@ -130,6 +132,8 @@ def refine(
     """
     several = not isinstance(checkpoint, Checkpoint)
     checkpoints = list(checkpoint) if several else [checkpoint]
+    if not checkpoints:
+        raise ValueError("There are no checkpoints.")
     first = checkpoints[0]
     if set(call) != set(first.missing):
         raise ValueError(f"The checkpoint needs {first.missing or 'no arguments'} again, but got {sorted(call)}.")

@@ -364,11 +364,23 @@ def test_bad_input(tmp_path):
         preview(pipe, None, 7, OPTIONS, height=36, width=32, **call)
     with pytest.raises(ValueError, match="2 seeds for 1 prompts"):
         preview(pipe, None, [7, 8], OPTIONS, **IMAGE, **call)
+    with pytest.raises(ValueError, match="There are no prompts and no seeds"):
+        preview(pipe, [], [], OPTIONS, **IMAGE)
+    with pytest.raises(ValueError, match="There are no checkpoints"):
+        refine(pipe, [])
+    with pytest.raises(ValueError, match="num_images_per_prompt: not in a preview"):
+        preview(pipe, None, 7, OPTIONS, **IMAGE, **call, num_images_per_prompt=2)
     unet, unet_call = tiny("sd")
     with pytest.raises(ValueError, match="StableDiffusionPipeline with DDIMScheduler is no flow model"):
         preview(unet, None, 7, OPTIONS, **IMAGE, **unet_call)
     sd3, sd3_call = shared("sd3")
     with counted(sd3) as calls:  # before the work
+        with pytest.raises(ValueError, match="skip_guidance_layers: not in a preview, whose run is cut"):
+            preview(sd3, None, 7, OPTIONS, **IMAGE, **sd3_call, skip_guidance_layers=[0])
+        with pytest.raises(
+            ValueError, match="cache: SD3Transformer2DModel of this version of diffusers has no feature"
+        ):
+            preview(sd3, None, 7, OPTIONS, cache=TaylorSeerCacheConfig(), **IMAGE, **sd3_call)
         with pytest.raises(ValueError, match=r"strided.*SD3Transformer2DModel"):
             preview(sd3, None, 7, with_options(positions="strided"), **IMAGE, **sd3_call)
         with pytest.raises(ValueError, match="UniPCMultistepScheduler cannot be set to given sigmas"):
@@ -400,6 +412,9 @@ def test_bad_input(tmp_path):
     (tmp_path / "one.json").write_text(text)
     assert Checkpoint.load(tmp_path / "one").seed == 7
     other = preview(sd3, None, 8, OPTIONS, **IMAGE, **sd3_call).checkpoint
+    for seed in (7, 8):  # a name with dots is a name
+        replace(other, seed=seed).save(tmp_path / f"cfg.{seed}")
+    assert [Checkpoint.load(tmp_path / f"cfg.{seed}").seed for seed in (7, 8)] == [7, 8]
     other.save(tmp_path / "two")
     (tmp_path / "two.safetensors").replace(tmp_path / "one.safetensors")
     with pytest.raises(ValueError, match="was changed since"):

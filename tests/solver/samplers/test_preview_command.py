@@ -1,6 +1,7 @@
 """`sample.py preview` and `refine --pick` on a folder of a tiny FLUX with its text encoders."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,8 @@ def test_a_proof_sheet_and_the_picked_picture(model, folder, tmp_path):
         assert one.size == (SIZE // 2, SIZE // 2) and one.text["proofsheet:seed"] == "9"
         assert sheet.width > 4 * SIZE and sheet.height > 2 * SIZE  # four, and one below
     full = main(["refine", "--preview", str(folder), "--pick", "3", "--output", str(tmp_path / "full.png")])
+    same = main(["refine", "--preview", str(folder / "3.png"), "--output", str(tmp_path / "same.png")])
+    assert same.read_bytes() == full.read_bytes()
     pipe = load_pipeline(str(model), "float32", "cpu")
     noise = pack(pipe, initial_noise([9], latent_shape(pipe, SIZE, SIZE)))
     call = {"height": SIZE, "width": SIZE, "latents": noise, "num_inference_steps": 6}
@@ -68,6 +71,11 @@ def test_errors(model, folder, tmp_path):
         main(["refine", "--preview", str(folder), "--pick", "2", "--steps", "9", *out])
     with pytest.raises(ValueError, match="--pick 2: --preview must be a folder"):
         main(["refine", "--preview", str(folder / "1.png"), "--pick", "2", *out])
+    with pytest.raises(ValueError, match=r"sheet\.png: which preview is meant"):
+        main(["refine", "--preview", str(folder / "sheet.png"), *out])
+    shutil.copy(folder / "1.png", tmp_path / "alone.png")
+    with pytest.raises(ValueError, match=r"alone\.png is a preview whose run goes on from the files beside it"):
+        main(["refine", "--preview", str(tmp_path / "alone.png"), *out])
     with pytest.raises(ValueError, match=f"seed={2**64}: expected a whole number of 64 bits"):
         main(["preview", "--model", "m", "--prompt", "x", "--seed", str(2**64 - 2), "--candidates", "3", *out])
     with pytest.raises(ValueError, match="The picture has NaN or infinite pixels: take a smaller kappa"):

@@ -175,6 +175,9 @@ def test_defaults_are_the_papers_shares_of_the_run(steps, switch, guided):
         ({"guided_steps": 20}, "guided_steps=20: expected 0 to 19, the small steps after step 10"),
         ({"guided_steps": 6, "small_steps": 5}, "guided_steps=6: expected 0 to 4"),
         ({"num_inference_steps": 4, "switch": 1, "guided_steps": 1}, "distilled model of fewer than 5 has none"),
+        ({"num_inference_steps": 3}, "distilled model of fewer than 5 has none"),  # though a sixth of 3 becomes none
+        ({"num_inference_steps": 30.5}, "num_inference_steps=30.5: expected a whole number"),
+        ({"scale": 2.5}, "scale=2.5: expected a whole number"),
         ({"method": "nearest"}, "method='nearest': expected one of 'subsample', 'mean'"),
         ({"corrections": 2}, "corrections=2: expected 1, or more with reevaluate=True"),
         ({"kappa": -1.0}, "kappa=-1.0: expected a finite strength of at least 0"),
