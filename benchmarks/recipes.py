@@ -121,7 +121,8 @@ def draw(curves: dict[str, dict[int, list[tuple[int, float]]]], path: Path) -> N
         for number, points in enumerate(seeds.values()):
             label = recipe if number == 0 else None
             axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o", markersize=3, linewidth=1.2)
-    axes.set(xscale="symlog", xlabel="network evaluations, guidance counts twice", ylabel="held-out depth reward, dB")
+    axes.set_xscale("symlog", linthresh=2000)
+    axes.set(xlabel="network evaluations, guidance counts twice", ylabel="held-out depth reward, dB")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
