@@ -6,8 +6,8 @@
 All train on the dataset of `configs/build_mini_sd.yaml` with the depth reward, at guidance 3, and are judged on the
 same held-out rows in 4, 5, 6 and 8 steps; the published one is trained in 2 to 15 steps, as published, ours in 3 to 8.
 The published recipe is slow: 60 of its 3,000 iterations are far from its end. So there is a third, `weights only`:
-ours on the published base rule and without the time grid. It learns what the published solver can learn, and stands in
-for its end.
+ours on the published base rule and without the time grid, the solver that the published recipe trains, but for its
+bins. It stands in for that end.
 
 Writes recipes.json, recipes.md and recipes.png; finished runs are kept, others begun anew. The bar: at most a tenth of
 the evaluations, in which guidance counts twice.

@@ -160,8 +160,8 @@ def _check_metrics(metrics: dict | None, solver) -> None:
     """Raises ValueError for the evaluation of another solver. Of a baked one it cannot be told."""
     from solver.samplers.digest import solver_digest
 
-    evaluated = (metrics or {}).get("learned_digest")
-    if evaluated and solver.policy is not None and evaluated != solver_digest(solver):
+    evaluated, own = (metrics or {}).get("learned_digest"), solver_digest(solver)
+    if evaluated and own and evaluated != own:
         raise ValueError(f"The metrics are of another solver, {metrics['learned']}; evaluate this one for its card.")
 
 

@@ -357,9 +357,8 @@ class ConsistencySolverTrainer(Trainer):
         rows = sum(branches(self.renderer.pipe, scale) * len(rows) for scale, rows in self.eval_rows.items())
         every = args.eval_steps if args.eval_strategy == "steps" else args.max_steps
         times = args.max_steps // every - first * args.num_ppo_epochs // every
-        times += 1 + bool(
-            args.eval_on_start and not first
-        )  # of the base rule, and of the solver before the first step
+        times += 1  # the base rule
+        times += bool(args.eval_on_start and not first)
         return rollouts, int(times * rows * sum(args.eval_inference_steps))
 
     def _log_budget(self, first: int) -> None:

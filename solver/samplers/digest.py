@@ -22,9 +22,9 @@ def reward_digest(reward: object) -> str:
     return networks_digest({} if network is None else {"network": network})
 
 
-def solver_digest(solver: object) -> str:
-    """The same of a learned solver's policy; of a baked one, which has none, a constant."""
-    return networks_digest({} if solver.policy is None else {"policy": solver.policy})
+def solver_digest(solver: object) -> str | None:
+    """The same of a learned solver's policy; of a baked one, which has none, None."""
+    return None if solver.policy is None else networks_digest({"policy": solver.policy})
 
 
 def networks_digest(networks: Mapping[str, torch.nn.Module]) -> str:
