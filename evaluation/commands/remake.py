@@ -6,8 +6,8 @@
 PNGs of `sample.py solver` and `refine` and of the light table remember prompt, seed, model, solver, steps and sizes.
 On the same device, with the same weights and versions, the new picture is the old one, bit for bit; the command says
 whether it is, and if not, what differs. `--model` and `--solver` say where model and learned solver are now; without
-them, those that the PNG names are loaded, if need be from the hub. An edit remembers the sha256 of the picture that was
-edited, and needs that picture.
+them, those that the PNG names are loaded, if need be from the hub. An edit remembers the sha256 of the picture that
+was edited, and needs that picture.
 """
 
 from argparse import ArgumentParser, Namespace
