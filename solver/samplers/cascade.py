@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, SchedulerMixin
 from torch import Tensor
 
 from solver.samplers.latents import is_packed, latent_shape, pack, unpack
@@ -97,6 +97,8 @@ def run_segment(
         segment,
         to_grid=lambda tokens: unpack(pipe, tokens, shape),
         from_grid=lambda grid: pipe._pack_latents(grid, *grid.shape) if is_packed(pipe) else grid,
+        # It tells its network the time in the dtype of the latents, which are float32 again where a call begins.
+        time_dtype=latents.dtype if isinstance(pipe, HunyuanVideoPipeline) else None,
     )
     with replaced(pipe, "scheduler", stand_in):
         answer = pipe(
@@ -178,6 +180,7 @@ class SegmentScheduler:
         scheduler: the solver. It is used as it is, so that its history can go on from segment to segment.
         segment: what to walk.
         to_grid, from_grid: between the pipeline's layout and the one of `on_step`.
+        time_dtype: what the times are rounded to, after the first segment.
 
     Raises:
         ValueError: the solver evaluates the network more than once a step.
@@ -189,8 +192,10 @@ class SegmentScheduler:
         segment: Segment,
         to_grid: Callable[[Tensor], Tensor],
         from_grid: Callable[[Tensor], Tensor],
+        time_dtype: torch.dtype | None = None,
     ):
         self._solver, self._segment, self._to_grid, self._from_grid = scheduler, segment, to_grid, from_grid
+        self._time_dtype = time_dtype
         if scheduler.order != 1:
             raise ValueError(
                 f"{type(scheduler).__name__} evaluates the network {scheduler.order} times a step; segments need one."
@@ -206,7 +211,8 @@ class SegmentScheduler:
 
     @property
     def timesteps(self) -> Tensor:
-        return self._solver.timesteps[self._first : self._stop]
+        timesteps = self._solver.timesteps[self._first : self._stop]
+        return timesteps.to(self._time_dtype).to(timesteps.dtype) if self._time_dtype and self._first else timesteps
 
     @property
     def sigmas(self) -> Tensor:

@@ -41,9 +41,12 @@ def pieces(*cuts, of=STEPS):
     return [Segment(None, SIZE, SIZE, steps=(a, b, of)) for a, b in zip((0, *cuts), (*cuts, of), strict=True)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_and_two_segments_equal_the_plain_call(family):
+def test_one_and_two_segments_equal_the_plain_call(family, dtype):
     pipe, call, noise = prepared(family)
+    pipe.to(dtype)
+    call = {name: value.to(dtype) if name.endswith("embeds") else value for name, value in call.items()}
     expected = stock(pipe, call, noise)
     own = pipe.scheduler
     assert torch.equal(run_segment(pipe, noise, pieces()[0], **call), expected)
