@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
-from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 
+from solver.samplers.caches import cached, require_cache
 from solver.samplers.cascade import Segment, fresh_copy, require_flow, run_segment, set_grid, sigma_grid
-from solver.samplers.latents import default_size, denoiser, initial_noise, latent_shape, patch_size, vae_factor
+from solver.samplers.latents import default_size, initial_noise, latent_shape, patch_size, vae_factor
 from solver.samplers.preview.checkpoint import history_names, solver_history
 from solver.samplers.preview.guidance import Guidance, reevaluated
 from solver.samplers.preview.options import PreviewOptions
@@ -63,10 +63,7 @@ def begin_run(pipe, call, seeds, options, size, stepper, cache) -> Run:
     require_flow(pipe, pipe.scheduler)
     if refused := [name for name in UNSUPPORTED if call.get(name) is not None]:
         raise ValueError(f"{', '.join(refused)}: not in a preview, whose run is cut into several calls; leave it out.")
-    if cache is not None and not isinstance(denoiser(pipe), CacheMixin):
-        raise ValueError(f"cache: {type(denoiser(pipe)).__name__} of this version of diffusers has no feature caches.")
-    if getattr(denoiser(pipe), "is_cache_enabled", False):
-        raise ValueError("A feature cache is on; call disable_cache() and pass cache=, so that it changes size too.")
+    require_cache(pipe, cache)
     height, width = (own if given is None else given for given, own in zip(size, default_size(pipe), strict=True))
     multiple = options.scale * vae_factor(pipe) * patch_size(pipe)
     if height % multiple or width % multiple:
@@ -276,19 +273,6 @@ def _small_grid(run: Run) -> tuple[list[float] | Tensor, list[float]]:
 
 def _small_size(run: Run) -> tuple[int, int]:
     return run.height // run.options.scale, run.width // run.options.scale
-
-
-@contextmanager
-def cached(pipe: DiffusionPipeline, cache: object | None) -> Iterator[None]:
-    """Inside, the denoiser has a feature cache, empty at first; with None, nothing."""
-    if cache is None:
-        yield
-        return
-    denoiser(pipe).enable_cache(cache)
-    try:
-        yield
-    finally:
-        denoiser(pipe).disable_cache()
 
 
 @contextmanager

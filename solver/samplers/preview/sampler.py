@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from torch import Tensor
 
+from solver.samplers.caches import cached, require_cache
 from solver.samplers.cascade import Segment, encoded_once, fresh_copy, number_of_pictures, run_segment, sigma_grid
 from solver.samplers.latents import as_seeds, decode, is_video
 from solver.samplers.preview.checkpoint import (
@@ -78,7 +79,7 @@ def preview(
     Raises:
         ValueError: a size that does not shrink by the factor into whole tokens, a seed beyond 64 bits, another number
             of seeds than of prompts, a model that is no flow model, an option the model does not have, a cache that is
-            on already, pixels that are not finite.
+            on already or would do nothing, pixels that are not finite.
     """
     options = options or PreviewOptions()
     seeds = as_seeds(seed)
@@ -109,18 +110,20 @@ def refine(
     *,
     output_type: str = "pil",
     other_versions: bool = False,
+    cache: object | None = None,
     **call,
 ):
     """The full-size picture of a preview: its run goes on where it was left.
 
     On the same device it is the uninterrupted run, bit for bit, for the batch that the preview was made in, and if no
-    feature cache was on.
+    feature cache was or is on.
 
     Args:
         pipe: the pipeline that made the preview, with the scheduler it had.
         checkpoint: of one picture, or of several of one run.
         output_type: `"pil"`, or `"latent"` for unpacked latents (B, C, [T,] H, W).
         other_versions: go on although torch or diffusers are of another version, which may change the last bits.
+        cache: config of a feature cache for the steps that are left. It begins empty, whatever the preview had.
         call: what could not be written to the checkpoint (an image to edit); nothing else.
 
     Returns:
@@ -128,7 +131,8 @@ def refine(
 
     Raises:
         ValueError: the checkpoint is of another pipeline, other weights or another scheduler, needs an argument that
-            is not given, the checkpoints are of different runs, or pixels are not finite.
+            is not given, the checkpoints are of different runs, a cache is on already or would do nothing, or pixels
+            are not finite.
     """
     several = not isinstance(checkpoint, Checkpoint)
     checkpoints = list(checkpoint) if several else [checkpoint]
@@ -137,6 +141,7 @@ def refine(
     first = checkpoints[0]
     if set(call) != set(first.missing):
         raise ValueError(f"The checkpoint needs {first.missing or 'no arguments'} again, but got {sorted(call)}.")
+    require_cache(pipe, cache)
     found = fingerprint(pipe)
     for one in checkpoints:
         one.check(found, other_versions)
@@ -151,7 +156,8 @@ def refine(
             restore(solver, checkpoints, pipe._execution_device)
         steps = (first.next_step, first.num_inference_steps, first.num_inference_steps)
         segment = Segment(None, first.height, first.width, steps=steps)
-        latents = run_segment(pipe, latents, segment, scheduler=solver, **call)
+        with cached(pipe, cache):
+            latents = run_segment(pipe, latents, segment, scheduler=solver, **call)
     if output_type == "latent":
         return latents
     images = to_pil(pipe, decode(pipe, latents))

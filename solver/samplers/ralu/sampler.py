@@ -11,8 +11,7 @@ the cascade can set to given sigmas work as they do without. Whatever is random 
 Source: arXiv 2507.08422. `Choices()` is what we think right, `PUBLISHED` what the public code does.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, TaylorSeerCacheConfig
 from torch import Tensor
 
+from solver.samplers.caches import cached, require_cache
 from solver.samplers.cascade import Segment, fresh_copy, number_of_pictures, require_flow, run_segment
 from solver.samplers.latents import (
     as_seeds,
@@ -142,6 +142,7 @@ def ralu(
     if isinstance(shift, str) and shift != "own":
         raise ValueError(f"shift={shift!r}: expected a number, 'own' or None.")
     run = prepare(pipe, prompt, seed, height, width, call)
+    require_cache(pipe, cache)
     if shift == "own" or (steps is not None and shift is None):
         shift = scheduler_shift(pipe.scheduler, run.tokens)
     schedule = as_schedule(preset, steps, ends, ratio, shift)
@@ -199,7 +200,7 @@ class Run:
         factor = vae_factor(self.pipe)
         size = (x_BCHW.shape[-2] * factor, x_BCHW.shape[-1] * factor)
         solver = fresh_copy(self.pipe.scheduler if scheduler is None else scheduler)
-        with _cached(denoiser(self.pipe), cache):
+        with cached(self.pipe, cache):
             x = run_segment(self.pipe, x_BCHW, Segment(sigmas, *size, on_step=predict), solver, **self.call)
         return x.float(), last["x0"]
 
@@ -220,11 +221,7 @@ def prepare(pipe, prompt, seed, height=None, width=None, call: dict | None = Non
     require_flow(pipe, pipe.scheduler)
     if pipe.components.get("controlnet") is not None:
         raise ValueError(f"{type(pipe).__name__}: a ControlNet answers for the full grid, RALU's tokens are mixed.")
-    if getattr(transformer, "is_cache_enabled", False):  # SD3's transformer knows no caches
-        raise ValueError(
-            "A feature cache is on from before; its features would meet other tokens. Call disable_cache(), and pass "
-            "its configuration as cache=."
-        )
+    require_cache(pipe, None)
     if patch_size(pipe) != 2:
         raise ValueError(f"Tokens of {patch_size(pipe)} x {patch_size(pipe)} latents: RALU is made for 2 x 2.")
     own_height, own_width = default_size(pipe)
@@ -285,18 +282,3 @@ def _full_at_last(cache, steps: int):
         return cache
     after = cache.disable_cache_after_step
     return replace(cache, disable_cache_after_step=steps - 1 if after is None else min(after, steps - 1))
-
-
-@contextmanager
-def _cached(transformer, cache) -> Iterator[None]:
-    """Inside, the cache is on, and empty at first."""
-    if cache is None:
-        yield
-        return
-    if not hasattr(transformer, "enable_cache"):
-        raise ValueError(f"{type(transformer).__name__} takes no feature cache in diffusers; leave cache= out.")
-    transformer.enable_cache(cache)
-    try:
-        yield
-    finally:
-        transformer.disable_cache()

@@ -312,6 +312,9 @@ def test_feature_caches():
     assert not torch.equal(fast.latents, plain.latents) and fast.latents.isfinite().all()
     assert not model.is_cache_enabled
     assert torch.equal(preview(pipe, None, 7, options, **IMAGE, **call).latents, plain.latents)
+    refined = refine(pipe, plain.checkpoint, output_type="latent")
+    assert torch.equal(refine(pipe, plain.checkpoint, output_type="latent", cache=off), refined)
+    assert not torch.equal(refine(pipe, plain.checkpoint, output_type="latent", cache=config), refined)
     model.enable_cache(config)
     with pytest.raises(ValueError, match="A feature cache is on"):
         preview(pipe, None, 7, options, **IMAGE, **call)
@@ -378,7 +381,7 @@ def test_bad_input(tmp_path):
         with pytest.raises(ValueError, match="skip_guidance_layers: not in a preview, whose run is cut"):
             preview(sd3, None, 7, OPTIONS, **IMAGE, **sd3_call, skip_guidance_layers=[0])
         with pytest.raises(
-            ValueError, match="cache: SD3Transformer2DModel of this version of diffusers has no feature"
+            ValueError, match="SD3Transformer2DModel takes no feature cache in diffusers; leave cache="
         ):
             preview(sd3, None, 7, OPTIONS, cache=TaylorSeerCacheConfig(), **IMAGE, **sd3_call)
         with pytest.raises(ValueError, match=r"strided.*SD3Transformer2DModel"):
