@@ -6,13 +6,15 @@ weights, the grid, and what the pipeline is called with. It refuses to go on wit
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,7 +23,8 @@ from solver.samplers.digest import tensors_digest, weights_digest
 from solver.samplers.latents import denoiser
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler
 
-FORMAT = 2
+FORMAT = 3
+PICTURE_MODES = ("L", "RGB", "RGBA")  # of PIL, told apart by the shape of their arrays
 # What a solver remembers from step to step. `_step_index` is set anew.
 HISTORY = {
     "FlowMatchEulerDiscreteScheduler": (),
@@ -44,9 +47,10 @@ class Checkpoint:
         latents: (C, [T,] H, W) after step `next_step - 1`, unpacked, in the dtype of the run.
         history: what the solver remembers, tensors with a leading 1.
         numbers: likewise, what is no tensor.
-        call: what the pipeline is called with, besides size and steps: numbers, texts, tensors such as embeddings.
-        missing: names of what it was called with besides, which cannot be written to a file (an image to edit);
-            `refine` has to be given it again.
+        call: what the pipeline is called with, besides size and steps: numbers, texts, tensors such as embeddings,
+            pictures to edit.
+        missing: names of what it was called with besides, which cannot be written to a file; `refine` has to be given
+            it again.
         made_by: pipeline, weights, solver and versions, as `fingerprint` names them.
     """
 
@@ -70,10 +74,9 @@ class Checkpoint:
         numbers_path.parent.mkdir(parents=True, exist_ok=True)
         texts = asdict(self)
         tensors = {f"history.{name}": value for name, value in texts.pop("history").items()}
-        tensors |= {f"call.{name}": value for name, value in self.call.items() if isinstance(value, Tensor)}
         tensors["latents"] = texts.pop("latents")
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        texts["call"] = {name: value for name, value in self.call.items() if not isinstance(value, Tensor)}
+        texts["call"], written = _written_call(self.call)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in {**tensors, **written}.items()}
         texts["digest"] = _digest(texts, tensors)
         save_file(tensors, tensors_path)
         numbers_path.write_text(json.dumps(texts, indent=1) + "\n")
@@ -98,7 +101,7 @@ class Checkpoint:
         if texts.pop("digest", None) != _digest(texts, tensors):
             raise ValueError(f"{path}: the .json or the .safetensors was changed since; make the preview again.")
         history = {name.removeprefix("history."): x for name, x in tensors.items() if name.startswith("history.")}
-        texts["call"] |= {name.removeprefix("call."): x for name, x in tensors.items() if name.startswith("call.")}
+        texts["call"] |= _read_call(tensors)
         return cls(**texts, latents=tensors["latents"], history=history)
 
     def check(self, found: dict, other_versions: bool = False) -> None:
@@ -117,6 +120,34 @@ class Checkpoint:
                 f"The checkpoint's run has the sigmas {self.sigmas[:3]} ..., the pipeline now makes "
                 f"{sigmas[:3].tolist()} ...; give it the scheduler that it had."
             )
+
+
+def _written_call(call: Mapping) -> tuple[dict, dict[str, Tensor]]:
+    """The call as JSON values and as tensors: `call.` of tensors, `picture.` and `pictures.` of one or a list."""
+    texts, tensors = {}, {}
+    for name, value in call.items():
+        if isinstance(value, Tensor):
+            tensors[f"call.{name}"] = value
+        elif isinstance(value, Image.Image):
+            tensors[f"picture.{name}"] = torch.from_numpy(np.array(value))
+        elif isinstance(value, list) and isinstance(value[0], Image.Image):
+            tensors[f"pictures.{name}"] = torch.from_numpy(np.array(value[0]))
+        else:
+            texts[name] = value
+    return texts, tensors
+
+
+def _read_call(tensors: Mapping[str, Tensor]) -> dict:
+    """What `_written_call` made tensors of."""
+    call = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "call":
+            call[name] = value
+        elif kind in ("picture", "pictures"):
+            picture = Image.fromarray(value.numpy())
+            call[name] = [picture] if kind == "pictures" else picture
+    return call
 
 
 def _digest(texts: Mapping, tensors: Mapping[str, Tensor]) -> str:
@@ -149,7 +180,13 @@ def fingerprint(pipe: DiffusionPipeline) -> dict:
 
 
 def history_names(scheduler: SchedulerMixin) -> tuple[str, ...]:
-    """The attributes in which a solver remembers. Raises ValueError where that is not known here."""
+    """The attributes in which a solver remembers. Raises ValueError if that is not known here, or it draws noise."""
+    config = scheduler.config
+    if config.get("stochastic_sampling") or str(config.get("algorithm_type")).startswith("sde"):
+        raise ValueError(
+            f"This {type(scheduler).__name__} draws noise at every step, so that no two runs are the same; use one "
+            "without stochastic_sampling or an sde algorithm_type."
+        )
     names = next((HISTORY[kind.__name__] for kind in type(scheduler).__mro__ if kind.__name__ in HISTORY), None)
     if names is None:
         raise ValueError(f"{type(scheduler).__name__} cannot be left and resumed; use one of {', '.join(HISTORY)}.")
@@ -199,17 +236,20 @@ def _plain(value):
 
 
 def _adapters(pipe: DiffusionPipeline) -> dict:
-    """LoRA adapters that are on, and their scales; the digest of the weights knows neither."""
-    scales: dict = {}
-    for module in denoiser(pipe).modules():
-        for name in getattr(module, "active_adapters", ()) if _adapts(module) else ():
-            if name in module.scaling:
-                scales[name] = float(module.scaling[name])
-    return scales
+    """LoRA adapters that are on, and their scales, by network; the digest of the weights knows neither."""
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    layers = [(name, layer) for name, network in networks.items() for layer in network.modules() if _adapts(layer)]
+    return {
+        f"{name}: {adapter}": float(layer.scaling[adapter])
+        for name, layer in layers
+        for adapter in layer.active_adapters
+        if adapter in layer.scaling
+    }
 
 
 def _adapts(module: torch.nn.Module) -> bool:
-    return hasattr(module, "scaling") and not module.disable_adapters
+    """Whether it is a layer of peft that is on; layers of other kinds have a `scaling` that is a number."""
+    return isinstance(getattr(module, "scaling", None), dict) and not module.disable_adapters
 
 
 def row_of_call(call: dict, row: int, batch_size: int) -> tuple[dict, list[str]]:
@@ -218,13 +258,31 @@ def row_of_call(call: dict, row: int, batch_size: int) -> tuple[dict, list[str]]
     for name, value in call.items():
         if isinstance(value, Tensor):
             kept[name] = value[row : row + 1] if len(value) == batch_size else value
-        elif isinstance(value, list | tuple) and len(value) == batch_size and name.endswith(("prompt", "_2", "_3")):
+        elif isinstance(value, list | tuple) and len(value) == batch_size and _is_one_each(name, value):
             kept[name] = [value[row]]
-        elif isinstance(value, str | int | float | bool | None):
-            kept[name] = [value] if isinstance(value, str) and name.startswith("prompt") else value
+        elif isinstance(value, str) and name.startswith("prompt"):
+            kept[name] = [value]
+        elif _is_picture(value) or _is_json(value):
+            kept[name] = value
         else:
             missing.append(name)
     return kept, missing
+
+
+def _is_one_each(name: str, values: Sequence) -> bool:
+    return name.endswith(("prompt", "_2", "_3")) or all(map(_is_picture, values))
+
+
+def _is_picture(value) -> bool:
+    return isinstance(value, Image.Image) and value.mode in PICTURE_MODES
+
+
+def _is_json(value) -> bool:
+    """Whether a file gives back what was written."""
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False
 
 
 def joined_call(checkpoints: list[Checkpoint], device: torch.device) -> dict:

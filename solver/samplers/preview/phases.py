@@ -51,7 +51,8 @@ class Run(NamedTuple):
     height: int
     width: int
     full: Tensor  # (N+1,), grid of the full-size run
-    small: Tensor  # (K+1,), of the small steps
+    small: Tensor  # (K+1,), of the small steps; the stepper may move the points between the ends
+    walked: Tensor  # (K+1,), where it moves them
     solver: SchedulerMixin  # of the full-size run
     stepper: SchedulerMixin  # of the small steps
     cache: object | None
@@ -77,15 +78,17 @@ def begin_run(pipe, call, seeds, options, size, stepper, cache) -> Run:
     native = sigma_grid(pipe, options.num_inference_steps, *shrunk, **call) if options.grid == "native" else full
     stepper = _stepper(pipe, stepper)
     small = options.small_sigmas(full, native)
-    set_grid(fresh_copy(stepper), small)  # raises before the work, as do positions
+    history_names(stepper)  # raises before the work, as do grids and positions
+    set_grid(walker := fresh_copy(stepper), small)
     with strided_positions(pipe, options):
         pass
     if options.reevaluate and isinstance(stepper, ConsistencySolverScheduler):
         raise ValueError("reevaluate=True repeats a step, which a multistep solver would remember; use Euler.")
     report = {"chosen": None, "candidate_norms": None, "guidance_norms": [], "target_norm": None}
     report |= {"network_calls": {"full": options.full_steps, "small": options.small_evaluations}, "seconds": {}}
-    report["sigmas"] = {"full": full.tolist(), "small": small.tolist()}
-    return Run(pipe, call, seeds, options, height, width, full, small, solver, stepper, cache, report)
+    walked = walker.sigmas.detach().cpu().float()
+    report["sigmas"] = {"full": full.tolist(), "small": walked.tolist()}
+    return Run(pipe, call, seeds, options, height, width, full, small, walked, solver, stepper, cache, report)
 
 
 def _stepper(pipe: DiffusionPipeline, given: SchedulerMixin | None) -> SchedulerMixin:
@@ -154,7 +157,7 @@ def shrunk(run: Run, x: Tensor, velocity: Tensor | None, before: Tensor | None) 
             return subsample(seen(now), index_BHW, options.scale, unit)
 
         if first and options.guide_at_switch and options.is_guided:  # that step is done: correct where it led
-            strength, difference = options.step_strengths(run.small)[0], commutator(asked, target(sigma))
+            strength, difference = options.step_strengths(run.walked)[0], commutator(asked, target(sigma))
             begin = begin.float() + strength * difference
             run.report["guidance_norms"].append(norms(difference).tolist())
     return _small_steps(run, begin, solver, first, target)
@@ -265,7 +268,7 @@ def _small_steps(run: Run, begin: Tensor, solver: SchedulerMixin, first: int, ta
 
 def _small_grid(run: Run) -> tuple[list[float] | Tensor, list[float]]:
     """The sigmas of the small steps and the strength of each; σ is repeated where the network is asked again."""
-    strengths = run.options.step_strengths(run.small) if run.options.is_guided else [0.0] * (len(run.small) - 1)
+    strengths = run.options.step_strengths(run.walked) if run.options.is_guided else [0.0] * (len(run.small) - 1)
     if not run.options.reevaluate:
         return run.small, strengths
     return reevaluated(run.small, strengths, run.options.corrections)

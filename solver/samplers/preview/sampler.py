@@ -124,7 +124,7 @@ def refine(
         output_type: `"pil"`, or `"latent"` for unpacked latents (B, C, [T,] H, W).
         other_versions: go on although torch or diffusers are of another version, which may change the last bits.
         cache: config of a feature cache for the steps that are left. It begins empty, whatever the preview had.
-        call: what could not be written to the checkpoint (an image to edit); nothing else.
+        call: what could not be written to the checkpoint, such as a function; nothing else.
 
     Returns:
         a PIL picture or a list of them, as there were checkpoints; of videos, lists of frames.

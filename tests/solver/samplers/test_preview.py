@@ -8,15 +8,22 @@ from functools import cache
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import TaylorSeerCacheConfig, UniPCMultistepScheduler
-from peft import LoraConfig
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    TaylorSeerCacheConfig,
+    UniPCMultistepScheduler,
+)
+from peft import LoraConfig, inject_adapter_in_model
 from tiny_pipelines import tiny_pipeline
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from solver import ConsistencySolverScheduler
 from solver.samplers.cascade import Segment, run_segment, sigma_grid
 from solver.samplers.digest import weights_digest
 from solver.samplers.latents import decode, denoiser, initial_noise, latent_shape, pack, unpack
 from solver.samplers.preview import Checkpoint, PreviewOptions, preview, refine
+from solver.samplers.preview.checkpoint import fingerprint
 from solver.samplers.preview.selection import block_mean, phases, random_selections, subsample
 
 SIZE = 32
@@ -289,6 +296,20 @@ def test_lora_is_part_of_what_a_checkpoint_knows():
         refine(pipe, adapted.checkpoint)
 
 
+def test_lora_of_a_text_encoder_counts_too():
+    pipe, _ = tiny("flux")
+    size = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 9,
+    }
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"])
+    pipe.register_modules(text_encoder=inject_adapter_in_model(config, CLIPTextModel(CLIPTextConfig(**size))))
+    assert fingerprint(pipe)["adapters"] == {"text_encoder: default": 3.0}
+
+
 def test_weights_that_wait_elsewhere_are_the_same_weights():
     """Sequential offloading leaves placeholders without values in the networks."""
     pipe, _ = tiny("sd3")
@@ -336,13 +357,32 @@ def test_the_learned_solver_as_the_stepper():
     assert shown.report["chosen"] == euler.report["chosen"] and not torch.equal(shown.latents, euler.latents)
     x = run_segment(pipe, initial_noise([7], (4, 16, 16)), Segment(None, SIZE, SIZE, steps=(0, 2, STEPS)), **call)
     x = subsample(x, random_selections([7], 16, 16, 2)[shown.report["chosen"]], 2)
-    grid = shown.report["sigmas"]["small"]
+    full = sigma_grid(pipe, STEPS, SIZE, SIZE, **call)
+    grid = with_options(small_steps=3).small_sigmas(full, full)
     by_hand = run_segment(pipe, x, Segment(grid, SIZE // 2, SIZE // 2), scheduler=learned(pipe.scheduler), **call)
     torch.testing.assert_close(shown.latents, by_hand[0], rtol=1e-5, atol=1e-5)
     order_one = ConsistencySolverScheduler.from_scheduler(pipe.scheduler, order=1, learn_grid=False)
     same = preview(pipe, None, 7, with_options(small_steps=3), stepper=order_one, **IMAGE, **call)
     guided = preview(pipe, None, 7, with_options(small_steps=3), **IMAGE, **call)
     torch.testing.assert_close(same.latents, guided.latents)
+
+
+def test_kappa_counts_the_steps_that_a_learned_grid_makes():
+    """κ as it is told equals α = κ (σ - σ') of the moved points, not of those that it was asked for."""
+    pipe, call = shared("sd3")
+    stepper = learned(pipe.scheduler)
+    with torch.no_grad():  # the grid moves by what differs from step to step
+        stepper.policy.mlp[-1].weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    options = {"small_steps": 3, "guided_steps": 1}
+    shown = preview(pipe, None, 7, with_options(**options), stepper=stepper, **IMAGE, **call)
+    _, start, end, _ = shown.report["sigmas"]["small"]
+    full = sigma_grid(pipe, STEPS, SIZE, SIZE, **call)
+    asked = with_options(**options).small_sigmas(full, full).tolist()
+    assert abs((asked[1] - asked[2]) - (start - end)) > 5e-4
+    by_alpha = with_options(**options, alpha=2.0 * (start - end))
+    same = preview(pipe, None, 7, by_alpha, stepper=stepper, **IMAGE, **call)
+    torch.testing.assert_close(shown.latents, same.latents)
+    assert len(shown.report["guidance_norms"]) == 1
 
 
 def test_multistep_solvers_resume_with_their_history(tmp_path):
@@ -405,8 +445,8 @@ def test_bad_input(tmp_path):
     )
     shown.checkpoint.save(tmp_path / "one")
     text = (tmp_path / "one.json").read_text()
-    (tmp_path / "one.json").write_text(text.replace('"format": 2', '"format": 9'))
-    with pytest.raises(ValueError, match="format 9, expected 2"):
+    (tmp_path / "one.json").write_text(text.replace('"format": 3', '"format": 9'))
+    with pytest.raises(ValueError, match="format 9, expected 3"):
         Checkpoint.load(tmp_path / "one")
     for wrong in ("", "{", text.replace('"next_step": ', '"next_step": 1'), text.replace('"seed": 7', '"seed": 8')):
         (tmp_path / "one.json").write_text(wrong)
@@ -429,15 +469,45 @@ def test_bad_input(tmp_path):
         Checkpoint.load(tmp_path / "none")
 
 
-def test_an_image_to_edit_has_to_be_given_again():
+def to_pictures(pipe, images_BCHW):
+    return pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(images_BCHW))
+
+
+@pytest.mark.parametrize("shared_by_all", [True, False])
+def test_a_picture_to_edit_is_kept(shared_by_all, tmp_path):
+    pipe, call = tiny("flux-kontext", batch_size=2)
+    pictures = to_pictures(pipe, torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)))
+    call["image"] = pictures[0] if shared_by_all else pictures
+    checkpoints = []
+    for number, shown in enumerate(preview(pipe, None, [7, 8], OPTIONS, **IMAGE, **call)):
+        shown.checkpoint.save(tmp_path / str(number))
+        checkpoints.append(Checkpoint.load(tmp_path / str(number)))
+        assert checkpoints[-1].missing == []
+    assert torch.equal(refine(pipe, checkpoints, output_type="latent"), full_run(pipe, call, [7, 8]))
+
+
+def test_what_no_file_can_hold_has_to_be_given_again():
     pipe, call = tiny("flux-kontext")
-    image = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(call["image"]))[0]
+    image = pipe.image_processor.pt_to_numpy(call["image"])
     call["image"] = image
     shown = preview(pipe, None, 7, OPTIONS, **IMAGE, **call)
     assert shown.checkpoint.missing == ["image"]
     with pytest.raises(ValueError, match=r"needs \['image'\] again"):
         refine(pipe, shown.checkpoint)
     assert torch.equal(refine(pipe, shown.checkpoint, image=image, output_type="latent"), full_run(pipe, call, [7]))
+
+
+def test_solvers_that_draw_noise_are_refused():
+    pipe, call = tiny("sd3")
+    for solver in (
+        FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, algorithm_type="sde-dpmsolver++"
+        ),
+    ):
+        pipe.scheduler = solver
+        with pytest.raises(ValueError, match="draws noise at every step"):
+            preview(pipe, None, 7, OPTIONS, **IMAGE, **call)
 
 
 def test_the_picture_is_the_decoded_latents():
