@@ -71,9 +71,11 @@ def run(given: Namespace) -> Path | str:
         chosen["candidates"] = chosen.pop("candidates_from")
     options = PreviewOptions(num_inference_steps=given.steps, **chosen)
     if given.explain:
-        from solver.samplers.preview.explain import as_table, explain
+        from solver.samplers.preview.explain import as_table, branches_at, explain
 
-        report = explain(given.family, given.height, given.width, given.num_frames, options)
+        branches = branches_at(given.family, given.guidance_scale, given.true_cfg_scale)
+        size = (given.height, given.width, given.num_frames)
+        report = explain(given.family, *size, options, given.candidates, branches)
         return json.dumps(report) if given.json else as_table(report)
     return _render(given, options)
 

@@ -29,6 +29,7 @@ from evaluation.commands.preview import FACTS, last_previews, save_picture
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_picture_arguments(parser)
+    parser.set_defaults(dtype=None)  # float32, or that of the previews' run
     parser.add_argument("--preview", type=Path, help="folder of `preview`, or PNG of `solver`")
     parser.add_argument("--pick", type=int, help="which preview of the folder; not needed where there is one")
     parser.add_argument(
@@ -59,8 +60,8 @@ def run(given: Namespace) -> Path:
         raise ValueError(
             f"{given.preview} is a preview whose run goes on from the files beside it; name their folder."
         )
-    facts = picture_facts(given, remembered) | {"dtype": given.dtype}
-    pipe = load_pipeline(facts["model"], given.dtype, given.device, pipeline_class(facts))
+    facts = picture_facts(given, remembered) | {"dtype": given.dtype or "float32"}
+    pipe = load_pipeline(facts["model"], facts["dtype"], given.device, pipeline_class(facts))
     pipe.scheduler = full_scheduler(given.scheduler, pipe.scheduler)
     return render_png(pipe, facts, steps, given.output, solver=type(pipe.scheduler).__name__)
 
@@ -74,7 +75,7 @@ def _number(picture: Path) -> int:
 
 def _go_on(given: Namespace) -> Path:
     """The picked run of a folder, from where it was left."""
-    names = [name for name in (*KEPT, "scheduler", "steps") if name != "model"]
+    names = [name for name in (*KEPT, "scheduler", "steps", "dtype") if name != "model"]
     facts = _facts(given.preview)
     fixed = [name for name in names if getattr(given, name, None) is not None]
     if fixed:

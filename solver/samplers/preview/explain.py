@@ -6,7 +6,7 @@
      "tflops": {"preview", "refine", "full", "ratio"}}
 
 The last phase is the refinement. FLOPs are the denoiser's, attention and both branches of guidance counted; `ratio` is
-full over preview.
+full over preview. All are of one picture; of several candidates `tflops` also says `sheet`, what all previews cost.
 """
 
 import math
@@ -48,6 +48,8 @@ def explain(
     width: int | None = None,
     num_frames: int | None = None,
     options: PreviewOptions | None = None,
+    candidates: int = 1,
+    branches: int | None = None,
 ) -> dict:
     """The phases of a preview and of its refinement, and their FLOPs.
 
@@ -56,13 +58,13 @@ def explain(
         height, width: of the full-size picture, in pixels; a usual size where they are None.
         num_frames: of a video; likewise.
         options: the paper's setting by default.
+        candidates: how many previews.
+        branches: of guidance, evaluations a step; the family's usual number where it is None.
 
     Raises:
         ValueError: there is no such family, or the size does not shrink into whole tokens.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"family {family!r}: expected one of {', '.join(FAMILIES)}.")
-    options, known = options or PreviewOptions(), FAMILIES[family]
+    options, known = options or PreviewOptions(), family_of(family)
     network = NETWORKS[known.network]
     given = zip((height, width, num_frames), (*known.size, known.frames), strict=True)
     height, width, frames = (own if value is None else value for value, own in given)
@@ -75,16 +77,37 @@ def explain(
     tokens = [image_tokens(network, *size, frames) for size in sizes]
     full, native = (known.grid(options.num_inference_steps, n, **known.settings) for n in tokens)
     phases = plan(options, height, width, full, native)
-    costs = [cost(phase, network, frames) for phase in phases]
-    whole = run_flops(network, [(tokens[0], options.num_inference_steps)]) / 1e12
+    costs = [cost(phase, network, frames, branches) for phase in phases]
+    whole = run_flops(network, [(tokens[0], options.num_inference_steps)], branches=branches) / 1e12
     preview = math.fsum(costs[:-1])
     tflops = {"preview": preview, "refine": costs[-1], "full": whole, "ratio": whole / preview}
+    if candidates > 1:
+        tflops["sheet"] = candidates * preview
     return {"phases": [{**phase._asdict(), "size": list(phase.size)} for phase in phases], "tflops": tflops}
 
 
-def cost(phase: Phase, network: Network, frames: int = 1) -> float:
+def cost(phase: Phase, network: Network, frames: int = 1, branches: int | None = None) -> float:
     """TFLOPs of a phase."""
-    return run_flops(network, [(image_tokens(network, *phase.size, frames), phase.network_calls)]) / 1e12
+    tokens = image_tokens(network, *phase.size, frames)
+    return run_flops(network, [(tokens, phase.network_calls)], branches=branches) / 1e12
+
+
+def family_of(name: str) -> Family:
+    """Raises ValueError if there is none of that name."""
+    if name not in FAMILIES:
+        raise ValueError(f"family {name!r}: expected one of {', '.join(FAMILIES)}.")
+    return FAMILIES[name]
+
+
+def branches_at(family: str, guidance_scale: float | None, true_cfg_scale: float | None) -> int | None:
+    """Evaluations a step at the scales of a call; None, the family's usual number, where they do not tell.
+
+    Models that were taught to answer at a guidance scale (FLUX, HunyuanVideo) are asked once whatever it is.
+    """
+    scale = true_cfg_scale
+    if scale is None and NETWORKS[family_of(family).network].branches > 1:
+        scale = guidance_scale
+    return None if scale is None else 1 + (scale > 1)
 
 
 def as_table(report: dict) -> str:
@@ -97,4 +120,8 @@ def as_table(report: dict) -> str:
     tflops = report["tflops"]
     lines.append(f"TFLOPs: preview {tflops['preview']:.0f}, refine {tflops['refine']:.0f}, full {tflops['full']:.0f}")
     lines.append(f"the preview costs 1/{tflops['ratio']:.2f} of the full picture")
+    if "sheet" in tflops:
+        lines.append(
+            f"all previews: {tflops['sheet']:.0f} TFLOPs, {tflops['sheet'] / tflops['full']:.2f} full pictures"
+        )
     return "\n".join(lines)

@@ -69,6 +69,8 @@ def test_errors(model, folder, tmp_path):
         main(["refine", "--preview", str(folder), "--pick", "6", *out])
     with pytest.raises(ValueError, match=r"--steps: the previews .* are of a run that has begun"):
         main(["refine", "--preview", str(folder), "--pick", "2", "--steps", "9", *out])
+    with pytest.raises(ValueError, match=r"--dtype: the previews .* are of a run that has begun"):
+        main(["refine", "--preview", str(folder), "--pick", "2", "--dtype", "bfloat16", *out])
     with pytest.raises(ValueError, match="--pick 2: --preview must be a folder"):
         main(["refine", "--preview", str(folder / "1.png"), "--pick", "2", *out])
     with pytest.raises(ValueError, match=r"sheet\.png: which preview is meant"):

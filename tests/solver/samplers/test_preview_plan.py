@@ -240,6 +240,26 @@ def test_every_family_explains_itself(family):
     assert explain(family)["tflops"]["ratio"] > 1.5  # at its usual size
 
 
+def test_explain_counts_branches_and_candidates(capsys):
+    """True guidance doubles FLUX's evaluations, no guidance halves SD3's; a sheet costs its previews."""
+
+    def tflops(*arguments):
+        main(["preview", "--explain", "--json", *arguments])
+        return json.loads(capsys.readouterr().out.splitlines()[0])["tflops"]
+
+    flux, sd3 = tflops(), tflops("--family", "sd3")
+    assert tflops("--true_cfg_scale", "4") == {
+        **flux,
+        **{name: 2 * flux[name] for name in ("preview", "refine", "full")},
+    }
+    assert tflops("--guidance_scale", "7") == flux  # it is told the scale
+    assert tflops("--family", "sd3", "--guidance_scale", "5") == sd3
+    assert tflops("--family", "sd3", "--guidance_scale", "1")["full"] == sd3["full"] / 2
+    assert tflops("--candidates", "8") == {**flux, "sheet": 8 * flux["preview"]}
+    main(["preview", "--explain", "--candidates", "8"])
+    assert f"all previews: {8 * flux['preview']:.0f} TFLOPs, 4.71 full pictures" in capsys.readouterr().out
+
+
 def test_explain_on_the_command_line(capsys):
     main(
         ["preview", "--explain", "--family", "flux", "--width", "1024", "--height", "512", "--json", "--switch", "0.5"]
