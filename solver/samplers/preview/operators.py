@@ -2,6 +2,7 @@
 
     made = transform(pipe, "a lighthouse at dusk", 7, translate(0, 64))   # 64 pixels to the right
     made = transform(pipe, "a lighthouse at dusk", 7, warp(flow_2HW))
+    made = transform(pipe, "a lighthouse at dusk", 7, warp(grid_HW2=F.affine_grid(theta_123, (1, 1, 64, 64))[0]))
 
 At the switch the network's image x̂_0 = x - σ u and noise x̂_1 = x + (1 - σ) u are moved apart: the image is
 interpolated, the noise goes by whole elements, each at most once, so that it stays white; elements that nothing moves
@@ -55,12 +56,29 @@ def translate(down: int, right: int) -> Callable[[int, int, int], Tensor]:
     return flow
 
 
-def warp(flow_2HW: Tensor) -> Callable[[int, int, int], Tensor]:
-    """Every pixel shows what is `flow` (down, right) pixels away from it; of any resolution, for the whole picture."""
+def warp(flow_2HW: Tensor | None = None, *, grid_HW2: Tensor | None = None) -> Callable[[int, int, int], Tensor]:
+    """Every place of the picture shows what was elsewhere; the field may have any resolution.
+
+    Args:
+        flow_2HW: how many pixels further down and right that is.
+        grid_HW2: or where it is, as `torch.nn.functional.grid_sample` with `align_corners=False` takes it: (x, y) in
+            [-1, 1], from the left upper corner to the right lower one.
+
+    Raises:
+        ValueError: not one of the two is given, or it has another shape.
+    """
+    if (flow_2HW is None) == (grid_HW2 is None):
+        raise ValueError("warp: give a flow or a grid, one of them.")
+    field_2HW = flow_2HW if grid_HW2 is None else grid_HW2.movedim(-1, 0)
+    if field_2HW.ndim != 3 or len(field_2HW) != 2:
+        raise ValueError("warp: expected a flow (2, H, W) or a grid (H, W, 2).")
 
     def flow(height: int, width: int, factor: int) -> Tensor:
-        resized = F.interpolate(flow_2HW.float()[None], (height, width), mode="bilinear", align_corners=False)
-        return resized[0] / factor
+        field = F.interpolate(field_2HW.float()[None], (height, width), mode="bilinear", align_corners=False)[0]
+        if grid_HW2 is None:
+            return field / factor
+        size = torch.tensor([height, width])[:, None, None]
+        return ((field.flip(0) + 1) * size - 1) / 2 - _positions(height, width)
 
     return flow
 

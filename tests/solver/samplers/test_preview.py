@@ -341,6 +341,47 @@ def test_feature_caches():
         preview(pipe, None, 7, options, **IMAGE, **call)
 
 
+def test_full_evaluations_at_the_switch_and_in_guided_steps():
+    """The cache computes the first two steps, the fourth and no other; it leaves out unguided steps alone."""
+    pipe, call = tiny("flux")
+    asked = Counter()
+    block = pipe.transformer.transformer_blocks[0].ff
+    block.register_forward_hook(lambda module, args, out: asked.update([args[0].shape[1]]))
+    options = PreviewOptions(num_inference_steps=12, switch=5, guided_steps=2)
+    config = TaylorSeerCacheConfig(cache_interval=100, disable_cache_before_step=2, use_lite_mode=True)
+    preview(pipe, None, 7, options, cache=config, **IMAGE, **call)
+    full_size = 3 + 1  # of steps 0 .. 4; step 5, the switch
+    small = 4 + 2 + 3  # candidates, guided steps 6 and 7, and of steps 8 .. 11
+    assert asked == {64: full_size, 16: small}
+
+
+def test_the_extrapolated_target_follows_the_velocity():
+    """Of a velocity that is linear in σ, which the network has at both sizes, nothing is left to correct."""
+    pipe, call = tiny("flux")
+
+    def linear(hidden_states, timestep, **_):
+        return ((3 - 2 * timestep)[:, None, None].expand_as(hidden_states),)
+
+    pipe.transformer.forward = linear
+    norms = {
+        target: preview(pipe, None, 7, with_options(target=target), **IMAGE, **call).report["guidance_norms"]
+        for target in ("extrapolated", "frozen")
+    }
+    assert len(norms["extrapolated"]) == 2 and max(norms["extrapolated"]) < 1e-4 < 0.1 < min(norms["frozen"])
+
+
+def test_a_third_of_the_size(tmp_path):
+    """Nine candidates; the refined picture is the pipeline's own all the same."""
+    pipe, call = shared("sd3")
+    size = {"height": 48, "width": 96}
+    shown = preview(pipe, None, 7, with_options(scale=3), **size, **call)
+    assert shown.image.size == (32, 16) and shown.latents.shape == (4, 8, 16)
+    assert len(shown.report["candidate_norms"]) == 9 and 0 <= shown.report["chosen"] < 9
+    noise = initial_noise([7], (4, 24, 48))
+    own = pipe(**call, **size, latents=noise, num_inference_steps=STEPS, output_type="latent", return_dict=False)[0]
+    assert torch.equal(refine(pipe, shown.checkpoint, output_type="latent"), own)
+
+
 def learned(own, order=3):
     solver = ConsistencySolverScheduler.from_scheduler(own, order=order)
     with torch.no_grad():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sample import main
 from solver.samplers.preview.explain import FAMILIES, as_table, explain
@@ -306,6 +307,21 @@ def test_noise_moved_by_half_an_element_is_kept():
     x, fresh = noise(1, 2, 8, 8), noise(1, 2, 8, 8, seed=1)
     moved, share = move_noise(x, translate(0, 4)(8, 8, 8), fresh)
     assert torch.equal(moved, x) and share == 0
+
+
+def test_a_grid_is_a_flow():
+    """The grid of grid_sample, at the picture's resolution or another, moves as grid_sample does."""
+    x, theta = noise(1, 2, 8, 8), torch.tensor([[[0.5, -0.2, 0.1], [0.2, 0.5, -0.15]]])
+    grid = F.affine_grid(theta, (1, 1, 8, 8), align_corners=False)
+    expected = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(move_image(x, warp(grid_HW2=grid[0])(8, 8, 4)), expected, rtol=1e-4, atol=1e-5)
+    fine = F.affine_grid(theta, (1, 1, 32, 32), align_corners=False)
+    torch.testing.assert_close(move_image(x, warp(grid_HW2=fine[0])(8, 8, 4)), expected, rtol=1e-4, atol=1e-5)
+    shift = F.affine_grid(torch.tensor([[[1.0, 0, 0.5], [0, 1, 0]]]), (1, 1, 8, 8), align_corners=False)
+    torch.testing.assert_close(warp(grid_HW2=shift[0])(8, 8, 4), translate(0, -8)(8, 8, 4), rtol=0, atol=1e-5)
+    for wrong in ({}, {"flow_2HW": fine[0], "grid_HW2": fine[0]}, {"flow_2HW": fine[0]}, {"grid_HW2": x[0]}):
+        with pytest.raises(ValueError, match="warp: "):
+            warp(**wrong)
 
 
 def test_warped_noise_stays_white():
