@@ -54,7 +54,7 @@ from zoo.mini_flux import (
     open_tokenizers,
     tokens_of,
 )
-from zoo.training import BF16, ON_GPU, RUNS, ZOO, Run, fit, parameter_count, write_log
+from zoo.training import BF16, ON_GPU, RUNS, ZOO, Run, drawn, fit, parameter_count, seed_of, write_log
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Batch(NamedTuple):
 
 def kind_of(step: int, run: MiniFluxRun) -> Kind:
     """The kind of step number `step`, a function of it and of the schedule."""
-    draw = random.Random(f"kind:{step}")
+    draw = random.Random(seed_of(run, "kind", step))
     large = draw.random() < run.large_share and step >= run.large_from * run.steps
     edits = draw.random() < run.edit_share and step >= run.edit_from * run.steps
     return Kind(LARGE if large else SMALL, edits)
@@ -197,7 +197,7 @@ def pool_batches(pool: dict[str, Tensor], run: MiniFluxRun, tokenizers: Tokenize
     pool = {name: rows.to(device) for name, rows in pool.items()}
     empty = Words(*(ids[0].to(device) for ids in tokenizers([""])))
     for step in range(first, run.steps):
-        yield draw_batch(pool, run, kind_of(step, run), empty, torch.Generator().manual_seed(step))
+        yield draw_batch(pool, run, kind_of(step, run), empty, drawn(run, "batch", step))
 
 
 def draw_batch(pool: dict[str, Tensor], run: MiniFluxRun, kind: Kind, empty: Words, draw: torch.Generator) -> Batch:
@@ -224,9 +224,9 @@ def draw_batch(pool: dict[str, Tensor], run: MiniFluxRun, kind: Kind, empty: Wor
 def flow_loss(denoiser: nn.Module, batch: Batch, run: MiniFluxRun, step: int, scheduler) -> dict[str, Tensor]:
     """Squared error of the velocity ε - x_0 at random noise levels, and cross-entropy of the classes in the middle."""
     x0 = batch.latents
-    draw = torch.Generator().manual_seed(step)
-    sigma_B = noise_levels(len(x0), tokens_of(4 * x0.shape[-1]), scheduler, draw).to(x0.device)
-    noise = torch.randn(x0.shape, generator=torch.Generator(x0.device).manual_seed(step), device=x0.device)
+    sigma_B = noise_levels(len(x0), tokens_of(4 * x0.shape[-1]), scheduler, drawn(run, "levels", step)).to(x0.device)
+    noises = torch.Generator(x0.device).manual_seed(seed_of(run, "noise", step))
+    noise = torch.randn(x0.shape, generator=noises, device=x0.device)
     s = sigma_B[:, None, None, None]
     velocity, logits_BNK = denoiser((1 - s) * x0 + s * noise, sigma_B, batch.words, batch.source)
     mse = F.mse_loss(velocity, noise - x0)

@@ -35,10 +35,12 @@ from zoo.training import (
     ZOO,
     Run,
     captions,
+    drawn,
     fit,
     parameter_count,
     pictures,
     save_pipeline,
+    seed_of,
     write_log,
 )
 
@@ -106,7 +108,7 @@ def pool_batches(latents: torch.Tensor, run: MiniSdRun, first_step: int) -> Iter
     for step in range(first_step, run.steps):
         epoch, at = divmod(step, epoch_steps)
         if at == 0 or step == first_step:
-            order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(epoch))
+            order = torch.randperm(len(latents), generator=drawn(run, "epoch", epoch))
         rows = order[at * run.batch_size : (at + 1) * run.batch_size]
         yield [Scene.random(i) for i in rows.tolist()], latents[rows]
 
@@ -134,9 +136,10 @@ def main() -> None:
 
     def loss(denoiser: nn.Module, step: int, batch: tuple[list[Scene], torch.Tensor]) -> dict[str, torch.Tensor]:
         scenes, x0 = batch[0], batch[1].to(device).float()
-        draw = torch.Generator().manual_seed(step)
+        draw = drawn(run, "step", step)
         kept = torch.rand(len(scenes), generator=draw) >= run.caption_dropout
-        words = [text if keep else "" for text, keep in zip(captions(scenes, step), kept, strict=True)]
+        said = captions(scenes, seed_of(run, "captions", step))
+        words = [text if keep else "" for text, keep in zip(said, kept, strict=True)]
         tokens = tokenizer(words, padding="max_length", return_tensors="pt").input_ids.to(device)
         strata = (torch.randperm(len(scenes), generator=draw) + torch.rand(len(scenes), generator=draw)) / len(scenes)
         t = (strata * schedule.config.num_train_timesteps).long().to(device)

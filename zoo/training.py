@@ -2,14 +2,15 @@
 
 The loop keeps an exponential moving average of the weights, runs in bf16 autocast where the hardware multiplies in it,
 and writes a checkpoint every few minutes under `runs/zoo/<name>`; the same command started again goes on from there.
-Batch number n is a function of n alone, so a resumed run sees what an uninterrupted one would have seen. A later run
-begins with landed weights: `--start zoo/<name> --name <name>-2`.
+Batch number n is a function of n, and its noise of the run's name too: a resumed run sees what an uninterrupted one
+would have seen, a later one something else. That begins with landed weights: `--start zoo/<name> --name <name>-2`.
 """
 
 import json
 import math
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,7 @@ class Run:
 
     name: str = field(metadata={"help": "folder under runs/zoo for checkpoints and the log"})
     steps: int = field(default=1000, metadata={"help": "optimiser steps in all"})
-    batch_size: int = field(default=64, metadata={"help": "samples a step and process"})
+    batch_size: int = field(default=64, metadata={"help": "samples a step"})
     learning_rate: float = field(default=6e-4, metadata={"help": "peak of the schedule"})
     warmup_steps: int = field(default=100, metadata={"help": "linear warm-up, then cosine decay to a fiftieth"})
     weight_decay: float = field(default=0.01, metadata={"help": "of AdamW, and of Muon"})
@@ -94,6 +95,16 @@ def captions(scenes: list[Scene], seed: int) -> list[str]:
     return [caption(scene, rng).text for scene in scenes]
 
 
+def seed_of(run: Run, purpose: str, step: int) -> int:
+    """Of what a step of a run draws for one purpose: other numbers in every sitting, and for every purpose."""
+    return random.Random(f"{run.name}:{purpose}:{step}").getrandbits(32)
+
+
+def drawn(run: Run, purpose: str, step: int) -> torch.Generator:
+    """A generator on the CPU with that seed."""
+    return torch.Generator().manual_seed(seed_of(run, purpose, step))
+
+
 def fit(
     network: nn.Module,
     run: Run,
@@ -105,8 +116,13 @@ def fit(
     Args:
         loss: `loss(network, step, batch)` gives named terms, of which "loss" is minimised.
         batches: `batches(first_step, device)` iterates over batches from that step on.
+
+    Raises:
+        ValueError: several processes, or there is a run of that name with another start.
     """
     accelerator = Accelerator(mixed_precision="bf16" if BF16 else "no", log_with=None)
+    if accelerator.num_processes > 1:
+        raise ValueError("The zoo is trained by one process: accelerate launch --num_processes 1.")
     folder = RUNS / run.name
     folder.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -114,11 +130,10 @@ def fit(
     plain = accelerator.unwrap_model(network)
     ema = EMAModel(plain.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=ON_GPU)
     ema.to(accelerator.device)
-    step, log = _restore(folder, accelerator, ema)
+    step, log, spent = _restore(folder, run, accelerator, ema)
     callable_network = torch.compile(network) if run.compile else network
 
     network.train()
-    spent = log[-1]["seconds"] if log else 0.0
     started = saved = time.monotonic()
     sums, count = {}, 0
     bar = tqdm(total=run.steps, initial=step, desc=run.name, disable=not accelerator.is_main_process, mininterval=10)
@@ -148,12 +163,12 @@ def fit(
             bar.set_postfix(log[-1])
             sums, count = {}, 0
         if time.monotonic() - saved > 60 * run.save_minutes:
-            _store(folder, accelerator, ema, step, log)
+            _store(folder, run, accelerator, ema, step, log, spent + time.monotonic() - started)
             saved = time.monotonic()
     bar.close()
     if count:
         log.append(_row(step, spent + time.monotonic() - started, sums, count))
-    _store(folder, accelerator, ema, step, log)
+    _store(folder, run, accelerator, ema, step, log, spent + time.monotonic() - started)
     ema.copy_to(plain.parameters())
     return plain.eval(), log
 
@@ -186,23 +201,33 @@ def _row(step: int, seconds: float, sums: dict[str, torch.Tensor], count: int) -
     return {"step": step, "seconds": round(seconds), **{k: round(float(v) / count, 5) for k, v in sums.items()}}
 
 
-def _store(folder: Path, accelerator: Accelerator, ema: EMAModel, step: int, log: list[dict]) -> None:
-    accelerator.save_state(str(folder / "state"))
-    if accelerator.is_main_process:
-        save_file({str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}, folder / "ema.safetensors")
-        progress = {"step": step, "ema_step": ema.optimization_step, "log": log}
-        (folder / "progress.json").write_text(json.dumps(progress))
+def _store(folder: Path, run: Run, accelerator: Accelerator, ema: EMAModel, step: int, log: list[dict], spent: float):
+    """Writes aside and puts in place, so that a run that is killed here leaves its last checkpoint."""
+    part, place, before = (folder / name for name in ("checkpoint.part", "checkpoint", "checkpoint.old"))
+    shutil.rmtree(part, ignore_errors=True)
+    accelerator.save_state(str(part / "state"))
+    save_file({str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}, part / "ema.safetensors")
+    progress = {"step": step, "ema_step": ema.optimization_step, "seconds": spent, "start": run.start, "log": log}
+    (part / "progress.json").write_text(json.dumps(progress))
+    shutil.rmtree(before, ignore_errors=True)
+    if place.exists():
+        place.rename(before)
+    part.rename(place)
 
 
-def _restore(folder: Path, accelerator: Accelerator, ema: EMAModel) -> tuple[int, list[dict]]:
-    if not (folder / "progress.json").exists():
-        return 0, []
-    accelerator.load_state(str(folder / "state"))
-    shadow = load_file(folder / "ema.safetensors", device=str(accelerator.device))
+def _restore(folder: Path, run: Run, accelerator: Accelerator, ema: EMAModel) -> tuple[int, list[dict], float]:
+    """Steps, log and seconds of the last checkpoint; nothing of each where there is none."""
+    place = next((p for p in (folder / "checkpoint", folder / "checkpoint.old") if p.exists()), None)
+    if place is None:
+        return 0, [], 0.0
+    progress = json.loads((place / "progress.json").read_text())
+    if progress["start"] != run.start:
+        raise ValueError(f"{folder} is a run that began from {progress['start']}; give this one another --name.")
+    accelerator.load_state(str(place / "state"))
+    shadow = load_file(place / "ema.safetensors", device=str(accelerator.device))
     ema.shadow_params = [shadow[str(i)] for i in range(len(shadow))]
-    progress = json.loads((folder / "progress.json").read_text())
     ema.optimization_step = progress["ema_step"]
-    return progress["step"], progress["log"]
+    return progress["step"], progress["log"], progress["seconds"]
 
 
 def write_log(folder: Path, run: Run, log: list[dict], **facts) -> None:

@@ -11,7 +11,7 @@ from zoo import training
 from zoo.muon import Muon, orthogonal
 from zoo.train_clip import build_tokenizer
 from zoo.train_mini_sd import MiniSdRun, pool_batches
-from zoo.training import Run, Scenes, fit
+from zoo.training import Run, Scenes, drawn, fit, seed_of
 
 
 @dataclass
@@ -25,6 +25,7 @@ class TinyRun(Run):
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "RUNS", tmp_path)
+    return tmp_path
 
 
 def numbers(first, device, last=12):
@@ -47,6 +48,47 @@ def test_a_resumed_run_equals_an_uninterrupted_one(runs):
     halves, _ = fit(network(), TinyRun(name="halves"), square_loss, numbers)
     assert torch.equal(whole.weight, halves.weight) and torch.equal(whole.bias, halves.bias)
     assert log[-1]["step"] == 12
+
+
+def test_a_run_that_is_killed_while_it_writes_keeps_its_last_checkpoint(runs, monkeypatch):
+    whole, _ = fit(network(), TinyRun(name="whole"), square_loss, numbers)
+    fit(network(), TinyRun(name="killed"), square_loss, lambda first, device: numbers(first, device, last=5))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("zoo.training.save_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(network(), TinyRun(name="killed"), square_loss, lambda first, device: numbers(first, device, last=9))
+    resumed, _ = fit(network(), TinyRun(name="killed"), square_loss, numbers)
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_minutes_are_those_of_all_its_parts(runs):
+    run = TinyRun(name="timed", minutes=1.0)
+    fit(network(), run, square_loss, lambda first, device: numbers(first, device, last=5))
+    path = runs / "timed" / "checkpoint" / "progress.json"
+    progress = json.loads(path.read_text())
+    assert 0 < progress["seconds"] < 60
+    path.write_text(json.dumps(progress | {"seconds": 60.0}))
+    _, log = fit(network(), run, square_loss, numbers)
+    assert log[-1]["step"] == 5
+
+
+def test_a_run_of_another_start_is_not_gone_on_with(runs):
+    fit(network(), TinyRun(name="taken"), square_loss, lambda first, device: numbers(first, device, last=2))
+    with pytest.raises(ValueError, match="taken is a run that began from None; give this one another --name"):
+        fit(network(), TinyRun(name="taken", start="zoo/depth"), square_loss, numbers)
+
+
+def test_a_step_draws_other_numbers_for_every_purpose_and_in_every_run():
+    seeds = {
+        seed_of(TinyRun(name=name), what, step) for name in "ab" for what in ("noise", "levels") for step in (0, 1)
+    }
+    assert len(seeds) == 8
+    first, again = (torch.rand(4, generator=drawn(TinyRun(name="a"), "noise", 3)) for _ in range(2))
+    assert torch.equal(first, again)
 
 
 class Blocks(nn.Module):
