@@ -4,10 +4,10 @@
     python -m benchmarks.transfer --steps 5 --num_prompts 50       # a first look
 
 A place is an evaluation: a model, a size, pictures or edits. In each, every solver is compared with its base rule and
-the classical solvers on the same held-out prompts and noise. Where the noise schedules differ, its policy is asked on
-the other model's grid (`solver/transfer.py`). Writes transfer.json and transfer.md; what is measured stays in the
-cache. With every solver there is, a place takes 200 x (30 + 9 x 16) network evaluations (guidance counts once) and the
-choice of grids: about 10 minutes on 2 CPU cores, 45 at 128 px, estimated from single runs.
+the classical solvers of that evaluation on the same held-out prompts and noise. Where the noise schedules differ, its
+policy is asked on the other model's grid (`solver/transfer.py`). Writes transfer.json and transfer.md; measurements
+stay in the cache. With every solver there is, a place takes 200 x (30 + 12 x 16) network evaluations (guidance counts
+once) and the choice of grids: about 12 minutes on 2 CPU cores, an hour at 128 px, estimated from single runs.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 GUIDANCE = 3.0
-CLASSICAL = ["ddim", "unipc", "dpm2m", "dpmpp2m"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def measure(
     knobs = {name: value for name, value in knobs.items() if name not in left_out}
     knobs |= {
         "learned": bring(places[trained].solver, place, folder / "solver"),
-        "solvers": ["base", *CLASSICAL],
+        "solvers": ["base", *(name for name in knobs["solvers"] if name != "base")],
         "columns": [{"guidance_scale": GUIDANCE, "steps": list(steps), "num_prompts": prompts}],
         "output_dir": str(folder),
         "cache_dir": str(output / "cache"),
@@ -131,8 +130,8 @@ HEAD = """\
 # Solvers away from where they were trained
 
 Learned minus its own base rule, paired on {prompts} held-out prompts at guidance {guidance:g}, with 95 % intervals;
-bold where it is ahead of every classical solver too ({classical}); ↓ is better low. Only what is in the same column
-can be compared.
+bold where it is ahead of every classical solver of that place's evaluation too; ↓ is better low. Only what is in the
+same column can be compared.
 
 {ran_on}
 
@@ -159,12 +158,8 @@ def main() -> None:
             metrics = measure(trained, used, there, args.output, args.steps, args.num_prompts)
             rows += [{"trained": trained, "used": used, **gain} for gain in gains(metrics)]
             machines.append(ran_on(metrics))
-    head = HEAD.format(
-        prompts=args.num_prompts,
-        guidance=GUIDANCE,
-        classical=", ".join(CLASSICAL),
-        ran_on="\n".join(dict.fromkeys(machines)),
-    )
+    ran = "\n".join(dict.fromkeys(machines))
+    head = HEAD.format(prompts=args.num_prompts, guidance=GUIDANCE, ran_on=ran)
     if unknown := set(args.metrics) - {row["metric"] for row in rows}:
         raise SystemExit(f"--metrics {' '.join(sorted(unknown))}: not measured in these places.")
     text = head + "\n".join(table(rows, metric) for metric in args.metrics)

@@ -120,7 +120,7 @@ def classical(name: str, own: SchedulerMixin) -> dict[str, Factory]:
     if name not in known:
         raise ValueError(f"solver {name!r}: expected one of {', '.join(known)} for {type(own).__name__}.")
     if name == HEUN:
-        return {OWN_GRID: lambda own, steps, guidance: FlowHeunScheduler.from_config(own.config)}
+        return {OWN_GRID: lambda own, *_: FlowHeunScheduler.from_config(own.config, shift=flow_shift(own))}
     if is_flow(own):
         return {grid: _on_flow_grid(*FLOW_RULES[name], grid) for grid in (OWN_GRID, FLOW_MODE_GRID)}
     return {spacing: _on_grid(*CLASSICAL[name], spacing) for spacing in SPACINGS}
@@ -143,10 +143,14 @@ def _on_flow_grid(rule: str, order: int, name: str) -> Factory:
     return make
 
 
+def flow_shift(own: SchedulerMixin) -> float:
+    """How far a flow model's scheduler shifts its grid; diffusers has two names for it."""
+    return own.config.get("flow_shift", own.config.get("shift", 1.0))
+
+
 def flow_mode(own: SchedulerMixin) -> DPMSolverMultistepScheduler:
     """diffusers' DPM-Solver++(2M) for a flow model, shifted as the pipeline's own scheduler is."""
-    shift = own.config.get("flow_shift", own.config.get("shift", 1.0))
-    settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": flow_shift(own)}
     return DPMSolverMultistepScheduler.from_config(own.config, **settings)
 
 

@@ -27,7 +27,7 @@ from data.noise import initial_noise
 from solver.prompt_embeddings import PromptEmbeddings
 from solver.samplers.calls import encode_sources, guidance
 from solver.samplers.cascade import call_at_size, replaced
-from solver.samplers.latents import decode, latent_shape, pack, unpack
+from solver.samplers.latents import decode, is_video, latent_shape, pack, unpack
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler, SolverTable
 
 HOOK_NAME = "proofsheet_rows"
@@ -54,11 +54,14 @@ class Renderer:
     """Renders previews with a stock pipeline and the learned solver. Between calls the pipeline is as it was.
 
     Args:
-        pipe: a pipeline that `solver.samplers.latents` knows, on its device. Its progress bar is turned off.
+        pipe: a pipeline of images that `solver.samplers.latents` knows, on its device. Its progress bar is turned off.
         scheduler: gives the pinned tables their meaning; need not be the pipeline's own.
         height, width: of the images, in pixels; the pipeline's own where they are None.
         batch_size: rows a pipeline call.
         encode: as in `PromptEmbeddings`.
+
+    Raises:
+        ValueError: the pipeline makes videos, or latents of the size cannot be.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class Renderer:
         batch_size: int = 64,
         encode: Callable[[str], dict[str, Tensor]] | None = None,
     ):
+        if is_video(pipe):
+            raise ValueError(f"{type(pipe).__name__} makes videos; solvers are trained and compared on pictures.")
         self.pipe, self.scheduler, self.batch_size = pipe, scheduler, batch_size
         self.latent_shape = latent_shape(pipe, height, width)
         self.height, self.width = (side * pipe.vae_scale_factor for side in self.latent_shape[1:])

@@ -6,9 +6,9 @@ is what the zoo has room for. Wider and deeper ones (3 joint and 6 single blocks
 `zoo/train_mini_flux.py`.
 
 Eight latent channels at a quarter of the size: the first 8 principal components of 4 x 4 blocks of pixels keep 29.9 dB
-at 64 px and 33.1 dB at 128 px (4 components: 25.9 and 28.3), which an autoencoder exceeds by some decibels, while a
-token, 2 x 2 latents, stays at 32 numbers. FLUX has 16 channels; here they would spend the few parameters of the
-transformer on texture.
+at 64 px and 33.1 dB at 128 px (4 components: 25.9 and 28.3); the landed autoencoder, briefly trained, is about as
+good. A token, 2 x 2 latents, stays at 32 numbers. FLUX has 16 channels; here they would spend the few parameters of
+the transformer on texture.
 
 Shape suffixes: B images, C latent channels, H W latents, N image tokens, D numbers of a token, L words.
 """

@@ -76,7 +76,8 @@ def run_segment(
         latents: unpacked, (B, C, H, W) or (B, C, T, H, W), of the segment's size.
         segment: which sigmas, at which size.
         scheduler: the solver; a copy of the pipeline's own if None. Where it stands at the first step of the segment,
-            because it walked the one before, it goes on with its grid and its history; else it starts afresh.
+            because it walked the one before of as many steps, it goes on with its grid and its history; else it starts
+            afresh.
         call: of the pipeline, besides latents, size, steps and output.
 
     Returns:
@@ -201,7 +202,7 @@ class SegmentScheduler:
                 f"{type(scheduler).__name__} evaluates the network {scheduler.order} times a step; segments need one."
             )
         self._done = 0
-        self._first, self._stop, _ = _piece(segment)
+        self._first, self._stop, self._of = _piece(segment)
 
     def __getattr__(self, name: str):
         return getattr(self._solver, name)
@@ -226,7 +227,8 @@ class SegmentScheduler:
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, timesteps=None, mu=None) -> None:
         """Sets the solver to the segment's grid, unless it is there: given sigmas, or what the pipeline asks for."""
         self._done = 0
-        if self._first > 0 and getattr(self._solver, "step_index", None) == self._first:
+        stands_here = getattr(self._solver, "step_index", None) == self._first
+        if self._first > 0 and stands_here and len(self._solver.timesteps) == self._of:
             return
         if self._segment.sigmas is not None:
             set_grid(self._solver, self._segment.sigmas, device)

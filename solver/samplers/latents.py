@@ -105,7 +105,8 @@ def latent_shape(
             f"height={height}, width={width}: {type(pipe).__name__} needs multiples of {multiple}, at most "
             f"{LARGEST_SIDE}."
         )
-    channels = denoiser(pipe).config.in_channels // (4 if is_packed(pipe) else 1)
+    # Not the denoiser's, which may be given more: a mask, a picture to edit.
+    channels = pipe.vae.config.get("latent_channels") or pipe.vae.config.z_dim
     size = (height // vae_factor(pipe), width // vae_factor(pipe))
     if not is_video(pipe):
         if num_frames is not None:

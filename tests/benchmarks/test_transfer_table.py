@@ -32,9 +32,8 @@ def places(flux, tmp_path):
     return {name: Place(str(tmp_path / "eval.yaml"), str(tmp_path / name), size) for name in own}
 
 
-def test_a_policy_is_brought_to_the_other_model(places, tmp_path, monkeypatch):
+def test_a_policy_is_brought_to_the_other_model(places, tmp_path):
     assert bring(places["here"].solver, places["here"], tmp_path / "unused") == places["here"].solver
-    monkeypatch.setattr(transfer, "CLASSICAL", ["ddim"])
     metrics = measure("elsewhere", "here", places, tmp_path / "out", [3], 2)
     means = {row["solver"]: row["metrics"]["pixels"]["mean"] for row in metrics["rows"] if row["solver"] != "full"}
     (gain,) = gains(metrics)

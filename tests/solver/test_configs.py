@@ -33,6 +33,31 @@ def test_there_are_trainings():
     assert {"mini_sd", "demo", "sd15_depth", "sdxl", "published_mini_sd"} <= {path.stem for path in trainings()}
 
 
+PUBLISHED = {
+    "published_mini_sd": {
+        "solver_order": 4, "num_iterations": 3000, "group_size": 80, "max_inference_steps": 15, "num_ppo_epochs": 1,
+        "learning_rate": 1e-4, "rewards": ["depth"],
+    },
+    "published_flux_kontext": {
+        "solver_order": 2, "num_iterations": 1001, "group_size": 10, "max_inference_steps": 5, "num_ppo_epochs": 4,
+        "learning_rate": 1e-3, "rewards": ["dino"],
+    },
+}  # fmt: skip
+SHARED = {
+    "num_bins": 11, "min_inference_steps": 2, "clip_range": 0.2, "weight_decay": 1e-3, "learn_grid": False,
+    "lr_scheduler_type": "constant", "head": "categorical",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_have_the_published_numbers(name, tmp_path):
+    arguments = ["--config", str(RECIPES / f"{name}.yaml"), "--output_dir", str(tmp_path), "--report_to", "none"]
+    config, args = TrlParser((SolverRunConfig, ConsistencySolverConfig)).parse_args_and_config(arguments)
+    both = {**vars(args), **vars(config)}
+    expected = PUBLISHED[name] | SHARED
+    assert {key: both[key] for key in expected} == expected
+
+
 @pytest.mark.parametrize(("kind", "name"), [(DistillationConfig, "distilled_mini_sd"), (AmedConfig, "amed_mini_sd")])
 def test_recipes(kind, name):
     (config,) = TrlParser((kind,)).parse_args_and_config(["--config", str(RECIPES / f"{name}.yaml")])

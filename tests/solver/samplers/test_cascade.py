@@ -175,3 +175,13 @@ def test_bad_segments_are_refused():
     unet, unet_call, _ = prepared("sd")
     with pytest.raises(ValueError, match="StableDiffusionPipeline with DDIMScheduler is no flow model"):
         sigma_grid(unet, STEPS, SIZE, SIZE, **unet_call)
+
+
+def test_a_solver_that_stands_in_another_run_starts_afresh():
+    """At step 2 of 6, it is not at step 2 of 3."""
+    pipe, call, noise = prepared("sd3")
+    scheduler = copy.deepcopy(pipe.scheduler)
+    run_segment(pipe, noise, pieces(2, of=6)[0], scheduler=scheduler, **call)
+    last = pieces(2, of=3)[1]
+    expected = run_segment(pipe, noise, last, **call)
+    assert torch.equal(run_segment(pipe, noise, last, scheduler=scheduler, **call), expected)

@@ -137,3 +137,10 @@ def test_unknown_layouts_are_refused():
     pipe.register_modules(vae=None)
     with pytest.raises(ValueError, match=r"NoneType as its vae.*AutoencoderKLWan"):
         latent_shape(pipe, 32, 32)
+
+
+def test_a_mask_beside_the_latents_is_not_of_them():
+    """Inpainting gives the denoiser 4 + 4 + 1 channels."""
+    pipe, _ = tiny_pipeline("sd")
+    pipe.unet = unet(in_channels=9, out_channels=4)
+    assert latent_shape(pipe, HEIGHT, WIDTH) == (4, HEIGHT // 2, WIDTH // 2)
