@@ -15,7 +15,7 @@ from solver.samplers.hiflow.model_patches import takes_patches
 from solver.samplers.hiflow.noise import prediction_type
 from solver.samplers.hiflow.plan import PRESETS, plan_stages
 
-DIRECT, BICUBIC, FULL = "direct", "bicubic", "full"
+STOCK, DIRECT, BICUBIC, FULL = "stock", "direct", "bicubic", "full"
 
 
 class Row(NamedTuple):
@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
     Attributes:
         name: in the table.
-        alignment: of `hiflow`; None where the base picture is only enlarged.
+        alignment: of `hiflow`; None where the base picture is only enlarged, `STOCK` for the pipeline by itself.
         recipe: likewise.
     """
 
@@ -33,8 +33,13 @@ class Row(NamedTuple):
 
 
 def main_rows(recipe: Recipe) -> list[Row]:
-    """The paper's ablation and what it is compared with."""
+    """The paper's ablation and what it is compared with.
+
+    Direct generation is the last size from noise on the base's grid, with the recipe's changes inside the network and
+    its guidance; stock is the pipeline's own call, which knows nothing of the base.
+    """
     return [
+        Row(STOCK, STOCK, recipe),
         Row(DIRECT, "none", recipe),
         Row(BICUBIC, None, recipe),
         Row("A_i", "init", recipe),
@@ -99,7 +104,7 @@ class Artist:
 
     def evaluations(self, row: Row) -> Iterator[tuple[int, int]]:
         """(size, evaluations of the network) of each of the row's stages after the base, guidance included."""
-        if row.alignment == "none":
+        if row.alignment in ("none", STOCK):
             yield from ((size, row.recipe.steps) for size in self.sizes[1:])
         elif row.alignment is not None:
             for stage in plan_stages(self.sizes, row.recipe, 1)[1:]:
@@ -118,13 +123,22 @@ class Artist:
 
     def base(self, recipe: Recipe, prompts: Sequence[str], seeds: Sequence[int]) -> HiFlowResult:
         """The pictures of the first size, and the predictions that the large ones follow."""
-        first = self.guidance_scale[0] if isinstance(self.guidance_scale, list) else self.guidance_scale
-        return hiflow(self.pipe, prompts, seeds, self.sizes[:1], recipe, guidance_scale=first, call=self.call)
+        given = {"guidance_scale": self._first_guidance, "call": self.call}
+        return hiflow(self.pipe, prompts, seeds, self.sizes[:1], recipe, **given)
+
+    @property
+    def _first_guidance(self) -> float:
+        return self.guidance_scale[0] if isinstance(self.guidance_scale, list) else self.guidance_scale
 
     def draw(self, row: Row, base: HiFlowResult, prompts: Sequence[str], seeds: Sequence[int]) -> list[Tensor]:
         """float (B, 3, H, W) in [0, 1] for each of the larger sizes."""
         if row.alignment is None:
             return [enlarge(base.images[0], size, size).clamp(0, 1) for size in self.sizes[1:]]
+        if row.alignment == STOCK:
+            given = {"guidance_scale": self._first_guidance, "call": self.call}
+            return [
+                hiflow(self.pipe, prompts, seeds, (size,), row.recipe, **given).images[0] for size in self.sizes[1:]
+            ]
         given = {"guidance_scale": self.guidance_scale, "alignment": row.alignment, "call": self.call}
         if row.alignment != "none":
             result = hiflow(self.pipe, prompts, seeds, self.sizes, row.recipe, smaller=base, **given)

@@ -6,11 +6,13 @@
         --prompt "a small red ring above a blue cube" --seed 7 --output large.png
     python sample.py hiflow --explain --family flux --sizes 1024 2048 4096 --preset code --json
 
-`--explain` prints sizes, steps, noise levels, FLOPs and memory of a published model, and loads no weights.
+The PNG remembers in its text chunks how it was made. `--explain` prints sizes, steps, noise levels, FLOPs and memory
+of a published model, and loads no weights.
 """
 
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 from evaluation.commands import check_output, check_steps, next_output
@@ -49,12 +51,25 @@ def run(given: Namespace) -> Path | str:
     check_steps(*given.stage_steps or (), option="--stage_steps")
     for scale in given.guidance_scale or ():
         check_guidance("--guidance_scale", scale)
-    from solver.samplers.hiflow.explain import FAMILIES, as_table, explain
+    if given.explain:
+        if unused := [
+            f"--{name}" for name in ("model", "image", "prompt", "seed") if getattr(given, name) is not None
+        ]:
+            raise ValueError(f"{', '.join(unused)}: --explain plans a published model, --family; leave it out.")
+        from solver.samplers.hiflow.explain import FAMILIES, as_table, explain
+
+        known = FAMILIES.get(given.family)
+        recipe = _recipe(given, known and known.steps)
+        report = explain(given.family, given.sizes, recipe, _guidance(given), given.alignment)
+        return json.dumps(report, indent=1) if given.json else as_table(report)
+    return _render(given)
+
+
+def _recipe(given: Namespace, few_steps: int | None):
+    """The preset with what was given; `few_steps` are those of a distilled model."""
     from solver.samplers.hiflow.plan import as_recipe, with_changes, with_steps
 
-    recipe, steps = as_recipe(given.preset), given.steps
-    if steps is None and given.explain and given.family in FAMILIES:
-        steps = FAMILIES[given.family].steps
+    recipe, steps = as_recipe(given.preset), few_steps if given.steps is None else given.steps
     if steps is not None:
         recipe = with_steps(recipe, steps)
     tuples = {name: getattr(given, name) for name in ("stage_steps", "tau", "cutoff", "alpha", "beta")}
@@ -62,29 +77,30 @@ def run(given: Namespace) -> Path | str:
     for name, values in tuples.items():
         if len(values) >= len(given.sizes):
             raise ValueError(f"--{name} {values}: expected at most {len(given.sizes) - 1}, one a larger stage.")
-    recipe = with_changes(recipe, **tuples, start=given.start, acceleration=given.acceleration)
-    guidance = given.guidance_scale
-    guidance = guidance[0] if guidance and len(guidance) == 1 else guidance
-    if not given.explain:
-        return _render(given, recipe, guidance)
-    report = explain(given.family, given.sizes, recipe, guidance, given.alignment)
-    return json.dumps(report, indent=1) if given.json else as_table(report)
+    return with_changes(recipe, **tuples, start=given.start, acceleration=given.acceleration)
 
 
-def _render(given: Namespace, recipe, guidance) -> Path:
+def _guidance(given: Namespace) -> float | list[float] | None:
+    scales = given.guidance_scale
+    return scales[0] if scales and len(scales) == 1 else scales
+
+
+def _render(given: Namespace) -> Path:
     if missing := [f"--{key}" for key in ("model", "prompt", "seed") if getattr(given, key) is None]:
         raise ValueError(f"{', '.join(missing)}: needed to render. --explain needs none of them.")
     output = given.output or next_output("hiflow")
     check_output(output)
+    _recipe(given, None)  # raises before the model is loaded
     from PIL import Image
 
     from evaluation.rendering import load_pipeline
     from evaluation.single import save_png, to_picture
     from solver.samplers.calls import text_length
-    from solver.samplers.hiflow.sampler import hiflow
+    from solver.samplers.hiflow.sampler import FEW_STEPS, hiflow, is_distilled_to_few_steps
 
     image = Image.open(given.image) if given.image else None
     pipe = load_pipeline(given.model, given.dtype, given.device)
+    recipe, guidance = _recipe(given, FEW_STEPS if is_distilled_to_few_steps(pipe) else None), _guidance(given)
     result = hiflow(
         pipe,
         given.prompt,
@@ -96,7 +112,12 @@ def _render(given: Namespace, recipe, guidance) -> Path:
         alignment=given.alignment,
         call=text_length(pipe),
     )
-    facts = {"model": given.model, "prompt": given.prompt, "seed": given.seed}
+    facts = {"model": given.model, "prompt": given.prompt, "seed": given.seed, "dtype": given.dtype}
+    facts["hiflow"] = json.dumps(
+        {"sizes": given.sizes, "guidance_scale": guidance, "alignment": given.alignment, **asdict(recipe)}
+    )
+    if given.image:
+        facts["enlarged"] = str(given.image)
     pictures = result.images if given.all_sizes else result.images[-1:]
     for image_BCHW in pictures:
         picture = to_picture(pipe, image_BCHW)

@@ -176,18 +176,23 @@ def unpack(pipe: DiffusionPipeline, latents: torch.Tensor, shape: Sequence[int])
     return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).reshape(-1, *shape)
 
 
+def vae_overflows(pipe: DiffusionPipeline) -> bool:
+    """Whether the autoencoder is one of float16 that the stock pipeline decodes with in float32: SDXL's."""
+    vae = pipe.vae
+    return bool(hasattr(pipe, "upcast_vae") and vae.dtype == torch.float16 and vae.config.get("force_upcast"))
+
+
 @contextmanager
 def precise_vae(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Inside, a float16 autoencoder that overflows is a float32 one, where the stock pipeline makes it one: SDXL."""
-    vae = pipe.vae
-    upcast = hasattr(pipe, "upcast_vae") and vae.dtype == torch.float16 and vae.config.get("force_upcast")
+    """Inside, a float16 autoencoder that overflows is a float32 one."""
+    upcast = vae_overflows(pipe)
     if upcast:
-        vae.to(dtype=torch.float32)
+        pipe.vae.to(dtype=torch.float32)
     try:
         yield
     finally:
         if upcast:
-            vae.to(dtype=torch.float16)
+            pipe.vae.to(dtype=torch.float16)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from data.prompts import read_prompts
 from data.scenes import render_batch
 from solver.samplers.hiflow.alignment import enlarge
 
-MAIN_ROWS = ["direct", "bicubic", "A_i", "A_i + A_d", "full"]
+MAIN_ROWS = ["stock", "direct", "bicubic", "A_i", "A_i + A_d", "full"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_command_measures_every_row_and_goes_on_where_it_stopped(tmp_path, c
     arguments = ["--model", str(model), "--sizes", "32", "64", "--output", str(output), "--device", "cpu"]
     arguments += ["--num_prompts", "4", "--batch_size", "2", "--steps", "2", "--patches", "1", "--sheet_rows", "3"]
     report = main([*arguments, "--also", "acceleration", "presets"])
-    assert "Budget: 8 rows of 4 pictures" in capsys.readouterr().out
+    assert "Budget: 9 rows of 4 pictures" in capsys.readouterr().out
     rows = report["results"]["64"]
     assert list(rows) == [
         "rendered",

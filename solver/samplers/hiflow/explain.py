@@ -12,6 +12,7 @@
 `sigmas` has both ends, one more than steps; `alpha` and `beta` are the strengths at a stage's first step.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -103,7 +104,7 @@ def explain(
     base = sizes[0] if not isinstance(sizes[0], int) else (sizes[0], sizes[0])
     grid = model.sigmas(recipe.steps, image_tokens(network, *base))
     condition = model.condition // network.pixels**2
-    tflops = [_stage_flops(network, stage, condition) / 1e12 for stage in stages]
+    tflops = [_stage_flops(model, stage, condition) / 1e12 for stage in stages]
     return {
         "family": family,
         "start": recipe.start,
@@ -120,7 +121,7 @@ def _as_json(stage: Stage, model: Family, grid: torch.Tensor) -> dict:
         "steps": stage.steps,
         "sigmas": grid[stage.first :].tolist(),
         "guidance_scale": guidance,
-        "cutoff": stage.cutoff,
+        "cutoff": None if stage.cutoff in (None, math.inf) else stage.cutoff,  # infinite: no band is left out
         "alpha": stage.alpha,
         "beta": stage.beta,
         "ntk_factor": stage.ntk_factor,
@@ -130,7 +131,14 @@ def _as_json(stage: Stage, model: Family, grid: torch.Tensor) -> dict:
     }
 
 
-def _stage_flops(network, stage: Stage, condition: int) -> float:
+def _branches(model: Family, stage: Stage) -> int:
+    """Evaluations a step: two with guidance, unless the model is told its scale."""
+    guidance = model.guidance_scale if stage.guidance_scale is None else stage.guidance_scale
+    return 1 + (guidance > 1 and not model.distilled)
+
+
+def _stage_flops(model: Family, stage: Stage, condition: int) -> float:
+    network = NETWORKS[model.network]
     tokens = image_tokens(network, stage.height, stage.width)
     rows, columns = stage.height // network.pixels, stage.width // network.pixels
     shifted = (stage.steps + 1) // 2 if stage.shifted_patches else 0
@@ -139,14 +147,19 @@ def _stage_flops(network, stage: Stage, condition: int) -> float:
         (tokens + condition, stage.steps - shifted),
     ]
     text = network.text_tokens * stage.text_copies[0] * stage.text_copies[1]
-    return run_flops(network, evaluations, text)
+    return run_flops(network, evaluations, text, branches=_branches(model, stage))
+
+
+def _rows(model: Family, stage: Stage) -> int:
+    """Rows of one evaluation: FLUX and Qwen-Image evaluate the branches of guidance one by one."""
+    return 1 if model.flux or model.network == "qwen-image" else _branches(model, stage)
 
 
 def _memory_bytes(model: Family, network, stage: Stage, condition: int) -> float:
     tokens = image_tokens(network, stage.height, stage.width) + condition
     if not model.unet:
         tokens += network.text_tokens * stage.text_copies[0] * stage.text_copies[1]
-    denoising = activation_bytes(tokens * network.branches, model.width, BF16, model.unet)
+    denoising = activation_bytes(tokens * _rows(model, stage), model.width, BF16, model.unet)
     return model.parameters * 1e9 * BF16 + max(denoising, decoder_bytes(stage.height, stage.width, BF16))
 
 

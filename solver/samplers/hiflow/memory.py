@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from solver.samplers.hiflow.pixels import LARGEST_WHOLE_PICTURE
 from solver.samplers.hiflow.plan import Stage
-from solver.samplers.latents import denoiser, patch_size, vae_factor
+from solver.samplers.latents import denoiser, patch_size, vae_factor, vae_overflows
 
 GIB = 1024**3
 BLOCK_WIDTHS = 32  # tensors of tokens x width alive at once in a transformer block, rotations in float32 included
 UNET_WIDTHS = 24  # likewise of latent pixels x first channels in a UNet, skip connections included
-DECODER_CHANNELS = 2400  # values a pixel alive at once in a KL autoencoder's decoder: 80 GB at 4096² in bfloat16
+DECODER_WIDTHS = 18.75  # likewise of pixels x first channels in a decoder: of FLUX's, 80 GB at 4096² in bfloat16
+DECODER_CHANNELS = 128  # first channels of the published autoencoders
 TILE = 1024**2  # pixels
 KONTEXT_AREA = 1024**2  # pixels, to which Kontext scales what it edits
 
@@ -32,11 +33,13 @@ def activation_bytes(tokens: float, width: int, bytes_per_value: int, unet: bool
     return tokens * width * (UNET_WIDTHS if unet else BLOCK_WIDTHS) * bytes_per_value
 
 
-def decoder_bytes(height: int, width: int, bytes_per_value: int, tiled: bool = False) -> float:
-    """Of decoding one picture, in tiles above 1536², or always if `tiled`."""
+def decoder_bytes(
+    height: int, width: int, bytes_per_value: int, tiled: bool = False, channels: int = DECODER_CHANNELS
+) -> float:
+    """Of decoding one picture, in tiles above 1536², or always if `tiled`, by a decoder of so many first channels."""
     pixels = height * width
     in_tiles = tiled or pixels > LARGEST_WHOLE_PICTURE
-    return (min(TILE, pixels) if in_tiles else pixels) * DECODER_CHANNELS * bytes_per_value
+    return (min(TILE, pixels) if in_tiles else pixels) * DECODER_WIDTHS * channels * bytes_per_value
 
 
 def check_memory(pipe: DiffusionPipeline, stages: Sequence[Stage], batch: int, call: dict | None = None) -> None:
@@ -49,10 +52,23 @@ def check_memory(pipe: DiffusionPipeline, stages: Sequence[Stage], batch: int, c
     if needed > free:
         raise ValueError(
             f"{worst.height} x {worst.width} in a batch of {batch} needs about {needed / GIB:.1f} GiB on {device}, "
-            f"where {free / GIB:.1f} GiB are free. What helps: fewer pictures at once, smaller sizes, "
-            "pipe.enable_model_cpu_offload(), pipe.vae.enable_tiling(), a quantised transformer, half precision; "
+            f"where {free / GIB:.1f} GiB are free. What helps: {', '.join(_remedies(pipe, worst, batch, device))}; "
             "ignore_memory=True goes on regardless."
         )
+
+
+def _remedies(pipe: DiffusionPipeline, worst: Stage, batch: int, device: torch.device) -> list[str]:
+    """What would lower the estimate."""
+    tiles = worst.height * worst.width > TILE and not getattr(pipe.vae, "use_tiling", False)
+    offers = {
+        "fewer pictures at once": batch > 1,
+        "smaller sizes": True,
+        "pipe.enable_model_cpu_offload()": device.type != "cpu" and not _waits_elsewhere(pipe.vae, device),
+        "a quantised transformer": device.type != "cpu",
+        "pipe.vae.enable_tiling()": tiles,
+        "half precision": denoiser(pipe).dtype.itemsize > 2,
+    }
+    return [offer for offer, helps in offers.items() if helps]
 
 
 def _stage_bytes(pipe: DiffusionPipeline, stage: Stage, batch: int, text: int = 0, condition: int = 0) -> float:
@@ -67,10 +83,17 @@ def _stage_bytes(pipe: DiffusionPipeline, stage: Stage, batch: int, text: int = 
     image = (stage.height // pixels) * (stage.width // pixels)
     tokens = rows * (image + condition + text * stage.text_copies[0] * stage.text_copies[1])
     tiled = getattr(pipe.vae, "use_tiling", False)
+    value_bytes = 4 if vae_overflows(pipe) else pipe.vae.dtype.itemsize
     return max(
         activation_bytes(tokens, width, network.dtype.itemsize, unet),
-        batch * decoder_bytes(stage.height, stage.width, pipe.vae.dtype.itemsize, tiled),
+        batch * decoder_bytes(stage.height, stage.width, value_bytes, tiled, _vae_channels(pipe)),
     )
+
+
+def _vae_channels(pipe: DiffusionPipeline) -> int:
+    """First channels of the decoder; Qwen-Image's names them otherwise."""
+    widths = pipe.vae.config.get("block_out_channels")
+    return widths[0] if widths else pipe.vae.config.get("base_dim") or DECODER_CHANNELS
 
 
 def _text_tokens(pipe: DiffusionPipeline, call: dict) -> int:

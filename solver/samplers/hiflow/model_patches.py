@@ -4,6 +4,7 @@
         patches.enter_context(rope_base(pipe, factor=10))
         patches.enter_context(attention_scale(pipe.transformer, tokens=16384, base_tokens=4096))
 
+* `exact_positions`: positions in float32, where bfloat16 would not tell them apart.
 * `rope_base`: NTK-aware positions, the base of the rotary embedding times a factor.
 * `attention_scale`: proportional attention, logits times √(ln L / ln L₀) for L keys instead of the usual L₀.
 * `repeated_text`: one copy of the text a base-size tile of the image.
@@ -28,6 +29,34 @@ def takes_patches(pipe: DiffusionPipeline) -> bool:
     """Whether the pipeline's transformer is of the FLUX type, which is what these patches are written for."""
     transformer = pipe.components.get("transformer")
     return isinstance(getattr(transformer, "_orig_mod", transformer), FluxTransformer2DModel)  # compiled ones too
+
+
+def networks(pipe: DiffusionPipeline) -> list[nn.Module]:
+    """What sees the picture's tokens: the transformer and its ControlNets, one by one."""
+    control = pipe.components.get("controlnet")
+    several = getattr(control, "nets", [control])  # a union of ControlNets passes its calls on
+    return [pipe.transformer, *(net for net in several if isinstance(net, nn.Module))]
+
+
+@contextmanager
+def exact_positions(network: nn.Module, grid: tuple[int, int]) -> Iterator[None]:
+    """Inside, the picture's tokens have their positions in float32: in bfloat16, those above 256 are rounded together.
+
+    Args:
+        network: gets the hook.
+        grid: height and width of the image in patches.
+    """
+    height, width = grid
+
+    def put(_, args, given):
+        ids = given["img_ids"].float()
+        rows, columns = torch.arange(height, device=ids.device), torch.arange(width, device=ids.device)
+        ids[: height * width, 1:] = torch.cartesian_prod(rows, columns).to(ids)
+        given["img_ids"] = ids
+        return args, given
+
+    with _hooked(network.register_forward_pre_hook(put, with_kwargs=True)):
+        yield
 
 
 @contextmanager
@@ -174,13 +203,21 @@ def shifted_patches(pipe: DiffusionPipeline, grid: tuple[int, int], is_shifted: 
         padded = _pack(F.pad(latents, (1, 1, 1, 1), mode="reflect"))
         return torch.cat([padded, packed_BND[:, tokens:]], dim=1)
 
+    def pad_condition(condition: Tensor) -> Tensor:
+        if condition.ndim == 3:
+            return pad(condition)
+        border = condition.shape[-1] // (2 * width)  # pixels of the picture, as XLabs' ControlNets take them
+        return F.pad(condition, (border,) * 4, mode="reflect")
+
     def shift(_, args, given):
         if not is_shifted():
             return None
         given["hidden_states"] = pad(given["hidden_states"])
         given["img_ids"] = _half_a_patch_off(given["img_ids"].float(), height, width)
         if (condition := given.get("controlnet_cond")) is not None:
-            given["controlnet_cond"] = [pad(c) for c in condition] if isinstance(condition, list) else pad(condition)
+            parts = condition if isinstance(condition, list) else [condition]
+            padded = [pad_condition(part) for part in parts]
+            given["controlnet_cond"] = padded if isinstance(condition, list) else padded[0]
         return args, given
 
     def crop(_, args, given, output):
@@ -190,11 +227,8 @@ def shifted_patches(pipe: DiffusionPipeline, grid: tuple[int, int], is_shifted: 
         sample = torch.cat([_pack(latents[..., 1:-1, 1:-1]), output[0][:, (height + 1) * (width + 1) :]], dim=1)
         return (sample,) if isinstance(output, tuple) else type(output)(sample=sample)
 
-    networks = [pipe.transformer]
-    if isinstance(pipe.components.get("controlnet"), nn.Module):
-        networks.append(pipe.controlnet)
     with _hooked(
-        *[network.register_forward_pre_hook(shift, with_kwargs=True) for network in networks],
+        *[network.register_forward_pre_hook(shift, with_kwargs=True) for network in networks(pipe)],
         pipe.transformer.register_forward_hook(crop, with_kwargs=True),
     ):
         yield

@@ -88,6 +88,8 @@ def stage_solver(pipe: DiffusionPipeline, scheduler: SchedulerMixin | None = Non
         raise ValueError(
             f"scheduler={type(scheduler).__name__} is for models that predict {kind}, this one predicts {own}."
         )
+    if given.config.get("stochastic_sampling"):
+        raise ValueError("stochastic_sampling=True: HiFlow's stages are deterministic, leave it out.")
     plain = FlowMatchEulerDiscreteScheduler if kind == "flow" else DDIMScheduler
     if isinstance(given, plain | ConsistencySolverScheduler):
         return fresh_copy(given)

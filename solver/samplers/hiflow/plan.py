@@ -13,6 +13,7 @@ Source: arXiv 2504.06232 (2048² and 4096² from FLUX.1-dev) and its public code
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 from solver.samplers.cost import LARGEST_SIDE
 from solver.samplers.hiflow.alignment import ACCELERATION_RULES
@@ -180,7 +181,7 @@ def plan_stages(
         distilled_guidance: whether the model is told its guidance scale, as FLUX.1-dev is.
         model_patches: whether the model takes the recipe's changes inside the transformer.
         known: height and width that the model is made for, where the first size is that of a given image, which may
-            be larger; None where it is the model's own.
+            be smaller or larger; None where it is the model's own. Only stages above it change the transformer.
 
     Raises:
         ValueError: sizes that do not ascend, do not divide or change their proportions, more steps than the stage
@@ -197,7 +198,7 @@ def plan_stages(
     for i, (height, width) in enumerate(pixels[1:]):
         patches = {
             "ntk_factor": _entry(recipe.ntk_factor, i),
-            "text_copies": (height // base[0], width // base[1]) if recipe.text_copies else (1, 1),
+            "text_copies": (max(1, height // base[0]), max(1, width // base[1])) if recipe.text_copies else (1, 1),
             "proportional_attention": recipe.proportional_attention,
             "shifted_patches": recipe.shifted_patches,
         }
@@ -210,7 +211,7 @@ def plan_stages(
             cutoff=_entry(recipe.cutoff, i),
             alpha=_entry(recipe.alpha, i) if alignment in ("init+direction", "full") else 0.0,
             beta=_entry(recipe.beta, i) if alignment == "full" else 0.0,
-            **patches if model_patches else {},
+            **patches if model_patches and height * width > base[0] * base[1] else {},
         )
         stages.append(stage)
     return [replace(stages[-1], first=0)] if alignment == "none" else stages
@@ -218,12 +219,20 @@ def plan_stages(
 
 def known_size(first: tuple[int, int], known: tuple[int, int] | None, multiple: int) -> tuple[int, int]:
     """What the large stages refer to, for the shift of the grid, the keys of attention and the copies of the text: the
-    first size, or, where that is of a given image larger than the model knows, the known area in its proportions.
+    first size, or, where that is of a given image and not what the model knows, the known area in its proportions.
     """
-    if known is None or first[0] * first[1] <= known[0] * known[1]:
+    if known is None or first[0] * first[1] == known[0] * known[1]:
         return first
     scale = math.sqrt(known[0] * known[1] / (first[0] * first[1]))
     return tuple(max(1, round(side * scale / multiple)) * multiple for side in first)
+
+
+def as_size(size: Size) -> tuple[int, int]:
+    """Height and width. Raises ValueError if it is neither whole pixels nor two of them."""
+    sides = (size, size) if isinstance(size, Integral) else size
+    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
+        raise ValueError(f"size {size!r}: expected whole pixels, or (height, width).")
+    return int(sides[0]), int(sides[1])
 
 
 def _entry(values: tuple, i: int):
@@ -253,22 +262,21 @@ def _guidance_scales(recipe: Recipe | None, given: float | Sequence[float] | Non
         if recipe is None or recipe.guidance_scales is None:
             return [None] * stages
         return [_entry(recipe.guidance_scales, i) for i in range(stages)]
-    if isinstance(given, int | float):
-        return [float(given)] * stages
-    if len(given) != stages:
-        raise ValueError(f"guidance_scale {list(given)}: expected one number, or one for each of {stages} stages.")
-    return [float(value) for value in given]
+    scales = [given] * stages if isinstance(given, Real) else list(given) if isinstance(given, Sequence) else [given]
+    if len(scales) != stages or not all(isinstance(value, Real) and 0 <= value < math.inf for value in scales):
+        raise ValueError(f"guidance_scale {given!r}: expected a number from 0 on, or one for each of {stages} stages.")
+    return [float(value) for value in scales]
 
 
 def _check_sizes(sizes: Sequence[Size], multiple: int) -> list[tuple[int, int]]:
-    if isinstance(sizes, int) or not len(sizes):
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes:
         raise ValueError(f"sizes={sizes!r}: expected a sequence such as (1024, 2048), the base size first.")
-    pixels = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
+    pixels = [as_size(size) for size in sizes]
     for height, width in pixels:
         if not all(0 < side <= LARGEST_SIDE and side % multiple == 0 for side in (height, width)):
+            shown = " x ".join(str(side) if abs(side) < 10**9 else "..." for side in (height, width))
             raise ValueError(
-                f"size {height} x {width}: height and width have to be positive multiples of {multiple}, at most "
-                f"{LARGEST_SIDE}."
+                f"size {shown}: height and width have to be positive multiples of {multiple}, at most {LARGEST_SIDE}."
             )
     base_height, base_width = pixels[0]
     for i, (height, width) in enumerate(pixels[1:]):
@@ -288,8 +296,8 @@ def _check_sizes(sizes: Sequence[Size], multiple: int) -> list[tuple[int, int]]:
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    if recipe.steps < 1:
-        raise ValueError(f"steps={recipe.steps}: the base needs at least 1.")
+    if not isinstance(recipe.steps, Integral) or recipe.steps < 1:
+        raise ValueError(f"steps={recipe.steps}: the base needs a whole number, at least 1.")
     if (recipe.stage_steps is None) == (recipe.tau is None):
         raise ValueError(
             f"stage_steps={recipe.stage_steps}, tau={recipe.tau}: give one of the two, as a number a larger stage."
@@ -297,15 +305,19 @@ def _check_recipe(recipe: Recipe) -> None:
     for name in ("stage_steps", "tau", "guidance_scales", "cutoff", "alpha", "beta", "ntk_factor"):
         if (values := getattr(recipe, name)) is not None and (not isinstance(values, tuple) or not values):
             raise ValueError(f"{name}={values!r}: expected a tuple with a number a larger stage, such as (0.2,).")
+        kind, words = (Integral, "whole numbers") if name == "stage_steps" else (Real, "numbers")
+        if not all(isinstance(value, kind) and not math.isnan(value) for value in values or ()):
+            raise ValueError(f"{name}={values!r}: expected {words}.")
     ranges = {
         "tau": (
             lambda value: 0 < value < 1,
             "between 0 and 1, both excluded: the share of the steps that is run again",
         ),
         "cutoff": (lambda value: value > 0, "above 0, in Nyquist frequencies; alpha=(0,) switches the direction off"),
+        "guidance_scales": (lambda value: 0 <= value < math.inf, "from 0 on"),
         "alpha": (lambda value: 0 <= value <= 1, "in [0, 1]"),
         "beta": (lambda value: 0 <= value <= 1, "in [0, 1]"),
-        "ntk_factor": (lambda value: value > 0 and math.isfinite(value), "above 0; 1 changes nothing"),
+        "ntk_factor": (lambda value: 0 < value < math.inf, "above 0; 1 changes nothing"),
     }
     for name, (allowed, words) in ranges.items():
         for value in getattr(recipe, name) or ():

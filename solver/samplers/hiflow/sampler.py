@@ -25,6 +25,7 @@ from torchvision.transforms.functional import to_tensor
 
 from solver.samplers.calls import guidance, guides_by_true_cfg
 from solver.samplers.cascade import Segment, encoded_once, run_segment, set_grid, sigma_grid
+from solver.samplers.digest import networks_digest, tensors_digest, weights_digest
 from solver.samplers.hiflow import model_patches
 from solver.samplers.hiflow.alignment import StageAlignment, Trajectory, enlarge, sharpen
 from solver.samplers.hiflow.memory import check_memory
@@ -39,7 +40,7 @@ from solver.samplers.hiflow.noise import (
     stage_solver,
 )
 from solver.samplers.hiflow.pixels import encode, tiled_where_needed
-from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, known_size, plan_stages
+from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, as_size, known_size, plan_stages, with_steps
 from solver.samplers.latents import (
     as_seeds,
     decode,
@@ -54,8 +55,10 @@ from solver.samplers.latents import (
 
 OURS = (
     *("prompt", "latents", "height", "width", "num_inference_steps", "sigmas", "timesteps", "guidance_scale"),
-    *("generator", "num_images_per_prompt", "output_type", "return_dict"),
+    *("generator", "num_images_per_prompt", "output_type", "return_dict", "denoising_start", "denoising_end"),
 )  # arguments of a pipeline that are said in another way here
+FEW_STEPS = 4  # of FLUX schnell
+ENLARGING = "start and acceleration"  # of a recipe; a base alone has neither
 # One a picture, or one for all.
 TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
@@ -69,6 +72,7 @@ class HiFlowResult(NamedTuple):
         stages: the plan that was run, base first.
         sigmas: noise levels that each stage walked: σ of flow models, σ/α of the others.
         predictions: of x_0 at the last size, by noise level: what a larger stage would follow.
+        made_by: fingerprints of what was asked of what: a run that goes on from here has to have the same.
     """
 
     images: list[Tensor]
@@ -76,6 +80,7 @@ class HiFlowResult(NamedTuple):
     stages: list[Stage]
     sigmas: list[list[float]]
     predictions: Trajectory
+    made_by: dict[str, str]
 
 
 @torch.no_grad()
@@ -95,15 +100,18 @@ def hiflow(
 ) -> HiFlowResult:
     """Pictures of growing size from one prompt and one seed, or from a batch of both.
 
+    They are decoded here: a pipeline's safety checker and watermark do not see them.
+
     Args:
         pipe: a stock pipeline of images: FLUX.1 (dev, Kontext, schnell), SD3, SDXL, SD, with or without ControlNet.
             Afterwards it is as it was.
         prompt: one, or B. None where `call` has embeddings.
         seed: one a picture, or B; the same picture whatever else is in the batch. One prompt can have several seeds.
         sizes: in pixels, the one that the model knows first: sides of squares, or (height, width).
-        preset: "code" or "paper", or a `plan.Recipe`; with other numbers of steps see `plan.with_steps`.
+        preset: "code" or "paper", in as many steps as the model is distilled to; or a `plan.Recipe`, as it is; with
+            other numbers of steps see `plan.with_steps`.
         image: a picture of the first size to start from instead of rendering it: PIL, or (B or 1, 3, H, W) in [0, 1].
-            Its latents are the reference at every noise level. It may be larger than what the model knows.
+            Its latents are the reference at every noise level. It may be smaller or larger than what the model knows.
         guidance_scale: one, or one a stage; by default the recipe's for FLUX.1-dev, else the pipeline's own. Where a
             pipeline calls it `true_cfg_scale`, it is that, with an empty negative prompt unless `call` has one.
         alignment: "full", or less of it, to see what it does: "none" (the last size alone, from noise), "init",
@@ -113,19 +121,19 @@ def hiflow(
         call: further arguments of the pipeline: embeddings, a negative prompt, a control image (which is resized for
             each stage), Kontext's image to edit.
         ignore_memory: go on where the estimate says that it cannot fit.
-        smaller: what an earlier call for the same prompts and seeds left, with fewer of these sizes: only the others
-            are rendered, and the pictures are those of a single call. To choose before enlarging, or to enlarge one
-            base in several ways.
+        smaller: what an earlier call left that was the same with fewer of these sizes: only the others are rendered,
+            and the pictures are those of a single call. To choose before enlarging, or to enlarge one base in several
+            ways.
 
     Raises:
         ValueError: anything that does not fit together, said before the first step: sizes, steps, strengths, numbers
             of prompts and seeds, arguments in `call` that are said otherwise here, more memory than there is.
     """
-    if is_video(pipe):
-        raise ValueError(f"{type(pipe).__name__} makes videos; HiFlow is for pipelines that make images.")
+    _check_pipeline(pipe)
     recipe = as_recipe(preset)
-    # Of a rendered base the first size is the model's own. UNets and PixArt keep neither shift nor positions.
-    known = default_size(pipe) if image is not None and hasattr(pipe, "default_sample_size") else None
+    if isinstance(preset, str) and is_distilled_to_few_steps(pipe):
+        recipe = with_steps(recipe, FEW_STEPS)
+    known = None if image is None else _native_size(pipe)  # of a rendered base the first size is the model's own
     stages = plan_stages(
         sizes,
         recipe,
@@ -140,31 +148,32 @@ def hiflow(
         raise ValueError('alignment="none" renders the last size from noise, so it takes no image.')
     if image is not None and len(stages) == 1:
         raise ValueError(f"sizes={tuple(sizes)} with an image: give its own size and a larger one.")
-    first = _as_size(sizes[0])
+    first = as_size(sizes[0])
     base = known_size(first, known, vae_factor(pipe) * patch_size(pipe))
     _check_positions(pipe, stages[-1])
     call, seeds = _picture_call(pipe, prompt, seed, call or {})
     if guidance_scale is not None:
         _check_guidance(pipe, call)
-    start = None if image is None else _given_image(image, first, len(seeds))
+    start = None if image is None else _given_image(image, first, len(seeds)).to(pipe._execution_device)
+    made_by = _made_by(pipe, recipe, scheduler, call, seeds, start)
+    rendered = stages if start is None else stages[1:]
     if smaller is not None:
-        _check_smaller(smaller, stages, len(seeds), image)
+        _check_smaller(smaller, rendered, made_by)
     if not ignore_memory:
-        rendered = len(smaller.stages) if smaller else 0 if image is None else 1
-        check_memory(pipe, stages[rendered:], len(seeds), call)
+        check_memory(pipe, rendered[len(smaller.stages) if smaller else 0 :], len(seeds), call)
 
     with encoded_once(pipe):
         run = _Run(pipe, recipe, base, scheduler, call, seeds)
-        return _cascade(run, stages, start, smaller)
+        return _cascade(run, rendered, start, smaller)._replace(made_by=made_by)
 
 
 def _cascade(run: "_Run", stages: list[Stage], start: Tensor | None, smaller: HiFlowResult | None) -> HiFlowResult:
-    """All stages; from the second on where the first picture is given, and after those that were run before."""
+    """All stages but those that were run before, larger than a first picture that is given."""
     pipe = run.pipe
     generators = [seeded(seed) for seed in run.seeds]
     images, walked, reference, latents = [], [], None, None
     if start is not None:
-        images, stages = [start], stages[1:]
+        images = [start]
     if smaller is not None:
         images, walked, reference = [*smaller.images], [*smaller.sigmas], smaller.predictions
     rendered = len(walked)
@@ -184,7 +193,7 @@ def _cascade(run: "_Run", stages: list[Stage], start: Tensor | None, smaller: Hi
             images.append(decode(pipe, latents))
             pipe.maybe_free_model_hooks()
         walked.append(sigmas)
-    return HiFlowResult(images, latents, stages, walked, reference)
+    return HiFlowResult(images, latents, stages, walked, reference, {})
 
 
 class _Run:
@@ -250,6 +259,7 @@ class _Run:
                 segment,
                 scheduler=solver,
                 **self._call(stage.height, stage.width, stage.guidance_scale),
+                **_control_of_stage(self.call, stage),
             )
         return latents.float(), align.predictions, seen
 
@@ -268,24 +278,38 @@ class _Run:
         return call
 
 
+def _control_of_stage(call: dict, stage: Stage) -> dict:
+    """Where a ControlNet begins and ends, as shares of the stage's steps instead of the whole grid's."""
+
+    def share(value):
+        if isinstance(value, list | tuple):
+            return [share(one) for one in value]
+        return min(max((value * stage.stop - stage.first) / stage.steps, 0.0), 1.0)
+
+    names = ("control_guidance_start", "control_guidance_end")
+    return {name: share(call[name]) for name in names if call.get(name) is not None}
+
+
 @contextmanager
 def _patches(pipe: DiffusionPipeline, stage: Stage, base: tuple[int, int], is_shifted) -> Iterator[None]:
     """The changes inside the transformer that the stage asks for. Hooks run in the order of this list."""
     with ExitStack() as stack:
-        if model_patches.takes_patches(pipe) and (stage.height, stage.width) != base:
+        if model_patches.takes_patches(pipe) and stage.height * stage.width > base[0] * base[1]:
             pixels = vae_factor(pipe) * patch_size(pipe)
             rows, columns = stage.height // pixels, stage.width // pixels
             base_rows, base_columns = base[0] // pixels, base[1] // pixels
-            network, (down, right) = pipe.transformer, stage.text_copies
+            down, right = stage.text_copies
             scale = (rows / base_rows, columns / base_columns)
             stack.enter_context(model_patches.rope_base(pipe, stage.ntk_factor))
-            stack.enter_context(model_patches.stretched_condition(network, rows * columns, scale))
-            if stage.proportional_attention:
-                tokens = (rows * columns, base_rows * base_columns)
-                stack.enter_context(model_patches.attention_scale(network, *tokens, down * right))
-            if down * right > 1:
-                tile = (base_rows, base_columns)
-                stack.enter_context(model_patches.repeated_text(network, stage.text_copies, tile))
+            for network in model_patches.networks(pipe):
+                stack.enter_context(model_patches.exact_positions(network, (rows, columns)))
+                stack.enter_context(model_patches.stretched_condition(network, rows * columns, scale))
+                if stage.proportional_attention:
+                    tokens = (rows * columns, base_rows * base_columns)
+                    stack.enter_context(model_patches.attention_scale(network, *tokens, down * right))
+                if down * right > 1:
+                    tile = (base_rows, base_columns)
+                    stack.enter_context(model_patches.repeated_text(network, stage.text_copies, tile))
             if stage.shifted_patches:
                 stack.enter_context(model_patches.shifted_patches(pipe, (rows, columns), is_shifted))
         yield
@@ -305,8 +329,56 @@ def _resized(control, height: int, width: int):
 # ---- what was given ----
 
 
-def _as_size(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+def _check_pipeline(pipe: DiffusionPipeline) -> None:
+    """Raises ValueError unless the pipeline makes pictures from noise that it is given."""
+    if is_video(pipe):
+        raise ValueError(f"{type(pipe).__name__} makes videos; HiFlow is for pipelines that make images.")
+    takes = inspect.signature(pipe.__call__).parameters
+    if "latents" not in takes or "strength" in takes:
+        raise ValueError(
+            f"{type(pipe).__name__} does not begin with noise that it is given; take the text-to-image pipeline of "
+            "the same model, and image= for a picture to enlarge."
+        )
+
+
+def _native_size(pipe: DiffusionPipeline) -> tuple[int, int] | None:
+    """What a transformer is made for. None of UNets and PixArt, which keep neither shift nor positions.
+
+    The autoencoder says it: FluxPipeline has a constant instead.
+    """
+    if not hasattr(pipe, "default_sample_size"):
+        return None
+    side = pipe.vae.config.get("sample_size")
+    return (side, side) if side else default_size(pipe)
+
+
+def is_distilled_to_few_steps(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline is of FLUX schnell's kind: its grid is not shifted, and it is told no guidance."""
+    config = pipe.scheduler.config
+    plain = not config.get("use_dynamic_shifting") and config.get("shift") == 1.0
+    return plain and model_patches.takes_patches(pipe) and not denoiser(pipe).config.get("guidance_embeds")
+
+
+def _made_by(pipe, recipe: Recipe, scheduler, call: dict, seeds: list[int], start: Tensor | None) -> dict[str, str]:
+    """What decides the pictures, sizes and guidance apart, which the stages have."""
+    solver = pipe.scheduler if scheduler is None else scheduler
+    policy = getattr(solver, "policy", None)
+    return {
+        "pipeline": f"{type(pipe).__name__} {weights_digest(pipe)}",
+        "scheduler": f"{type(solver).__name__} {dict(solver.config)} {policy and networks_digest({'': policy})}",
+        "steps": str(recipe.steps),
+        ENLARGING: f"{recipe.start}, {recipe.acceleration}",
+        "prompts and seeds": f"{seeds} {[(name, _fingerprint(value)) for name, value in sorted(call.items())]}",
+        "image": "" if start is None else tensors_digest({"": start}),
+    }
+
+
+def _fingerprint(value) -> str:
+    if isinstance(value, Tensor):
+        return tensors_digest({"": value})
+    if isinstance(value, Image):
+        return tensors_digest({value.mode: to_tensor(value)})
+    return str([_fingerprint(one) for one in value]) if isinstance(value, list | tuple) else repr(value)
 
 
 def _picture_call(pipe, prompt, seed, call: dict) -> tuple[dict, list[int]]:
@@ -364,19 +436,18 @@ def _given_image(image, base: tuple[int, int], batch: int) -> Tensor:
     return picture.expand(batch, -1, -1, -1)
 
 
-def _check_smaller(smaller: HiFlowResult, stages: list[Stage], batch: int, image) -> None:
+def _check_smaller(smaller: HiFlowResult, stages: list[Stage], made_by: dict[str, str]) -> None:
     """Raises ValueError unless the earlier result is the beginning of this run."""
-    if image is not None:
-        raise ValueError("image and smaller are both given: one of them is what to start from.")
     done = smaller.stages
+    counts = [name for name in made_by if name != ENLARGING or any(stage.cutoff is not None for stage in done)]
+    if differing := [name for name in counts if smaller.made_by.get(name) != made_by[name]]:
+        raise ValueError(f"smaller is of another run: its {', '.join(differing)} differed.")
     if len(done) >= len(stages) or done != stages[: len(done)]:
         sizes = [[f"{stage.height} x {stage.width}" for stage in plan] for plan in (done, stages)]
         raise ValueError(
             f"smaller has {', '.join(sizes[0])}, and {', '.join(sizes[1])} are to be rendered: it has to be the "
-            "beginning of that, with the same steps, guidance and recipe."
+            "beginning of that, with the same guidance and alignment."
         )
-    if len(smaller.images[0]) != batch:
-        raise ValueError(f"smaller has {len(smaller.images[0])} pictures, but there are {batch} seeds.")
 
 
 def _check_positions(pipe: DiffusionPipeline, largest: Stage) -> None:

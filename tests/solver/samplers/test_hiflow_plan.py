@@ -1,6 +1,8 @@
 """Plans against the published tables, and what is refused."""
 
 import json
+import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -110,12 +112,41 @@ def test_other_sizes_and_step_counts():
     assert [stage.steps for stage in plan_stages((64, 128), changed, 16)] == [30, 15]
 
 
-def test_a_given_image_may_be_larger_than_what_the_model_knows():
+def test_a_given_image_need_not_have_the_size_that_the_model_knows():
     assert known_size((1024, 1024), None, 16) == known_size((1024, 1024), (1024, 1024), 16) == (1024, 1024)
-    assert known_size((512, 512), (1024, 1024), 16) == (512, 512)
+    assert known_size((512, 512), (1024, 1024), 16) == (1024, 1024)
     assert known_size((1536, 2048), (1024, 1024), 16) == (880, 1184)  # 4 to 3, of 1024² pixels
     _, stage = plan_stages((2048, 4096), PAPER, 16, known=(1024, 1024))
     assert stage.text_copies == (4, 4)
+    _, known, above = plan_stages((512, 1024, 2048), CODE, 16, known=(1024, 1024))
+    assert not known.shifted_patches and not known.proportional_attention and known.ntk_factor == 1
+    assert above.shifted_patches and above.proportional_attention and above.ntk_factor == 10
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("size 64.0: expected whole pixels", {"sizes": (64.0, 128.0)}),
+        ("size .64.: expected whole pixels", {"sizes": ("64", "128")}),
+        (r"size \(32,\): expected whole pixels", {"sizes": ((32,), (64,))}),
+        (r"size \.\.\. x \.\.\.: height", {"sizes": (10**5000,)}),
+        ("guidance_scale nan: expected a number from 0 on", {"guidance_scale": float("nan")}),
+        ("guidance_scale -3", {"guidance_scale": -3.0}),
+        ("guidance_scale 'a'", {"guidance_scale": "a"}),
+        ("guidance_scales=nan|guidance_scales=.nan", {"recipe": replace(CODE, guidance_scales=(float("nan"),))}),
+        (r"alpha=\('a',\): expected numbers", {"recipe": replace(CODE, alpha=("a",))}),
+        ("steps=5.5: the base needs a whole number", {"recipe": replace(CODE, steps=5.5)}),
+        (r"stage_steps=\(2.5,\): expected whole numbers", {"recipe": replace(CODE, stage_steps=(2.5,))}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_values_of_another_kind(message, changes):
+    with pytest.raises(ValueError, match=message):
+        plan_stages(**{"sizes": (64, 128), "recipe": CODE, "multiple": 16, **changes})
+
+
+def test_sizes_of_numpy_are_sizes():
+    assert plan_stages((np.int64(64), np.int64(128)), CODE, 16) == plan_stages((64, 128), CODE, 16)
 
 
 def test_ablations():
@@ -145,7 +176,7 @@ BAD = {
     "steps=0": {"recipe": replace(CODE, steps=0)},
     "tau=1.0": {"recipe": replace(PAPER, tau=(1.0,))},
     "tau=0": {"recipe": replace(PAPER, tau=(0,))},
-    "tau=nan": {"recipe": replace(PAPER, tau=(float("nan"),))},
+    "tau=(nan,)": {"recipe": replace(PAPER, tau=(float("nan"),))},
     "give one of the two": {"recipe": replace(CODE, tau=(0.3,))},
     "cutoff=0": {"recipe": replace(CODE, cutoff=(0,))},
     "cutoff=-0.2": {"recipe": replace(CODE, cutoff=(-0.2,))},
@@ -162,7 +193,7 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_plans(message):
-    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         plan_stages(**{"sizes": LADDER, "recipe": CODE, "multiple": 16, **BAD[message]})
 
 
@@ -175,6 +206,22 @@ def test_bad_reports():
         explain("sd3", LADDER)
     with pytest.raises(ValueError, match="'code', 'paper'"):
         explain("flux", LADDER, "codes")
+
+
+def test_flops_count_the_branches_of_guidance():
+    """SDXL without guidance costs half; FLUX dev is told its scale; schnell with true guidance costs twice."""
+
+    def total(family, scale=None):
+        return explain(family, LADDER[:2], guidance_scale=scale)["tflops"]["total"]
+
+    assert total("sdxl", 1.0) == pytest.approx(total("sdxl") / 2) and total("sdxl", 5.0) == total("sdxl")
+    assert total("flux", 1.0) == total("flux")
+    assert total("flux-schnell", 3.0) == pytest.approx(2 * total("flux-schnell"))
+
+
+def test_a_plan_is_json():
+    text = json.dumps(explain("flux", LADDER, replace(CODE, cutoff=(math.inf,))), allow_nan=False)
+    assert json.loads(text)["stages"][1]["cutoff"] is None
 
 
 def test_the_command_explains(capsys):
@@ -193,6 +240,8 @@ def test_the_command_explains(capsys):
         sample.main(["hiflow"])
     with pytest.raises(ValueError, match=r"--cutoff \(0.1, 0.2, 0.3\): expected at most 2, one a larger stage"):
         sample.main(["hiflow", "--explain", "--cutoff", "0.1", "0.2", "0.3"])
+    with pytest.raises(ValueError, match="--model, --seed: --explain plans a published model, --family; leave it out"):
+        sample.main(["hiflow", "--explain", "--model", "zoo/mini-flux", "--seed", "1"])
 
 
 @pytest.mark.parametrize("size", ["1024x", "x1024", "-1024", "1024x1024x3", "1e3", "inf"])
@@ -215,3 +264,5 @@ def test_the_command_renders_with_the_length_and_the_guidance_that_the_model_kno
     with Image.open(tmp_path / "large_32.png") as small, Image.open(output) as large:
         difference = np.asarray(small, float) - np.asarray(pipe("a red ring", **call).images[0], float)
         assert abs(difference).max() <= 1 and large.size == (48, 48)
+        made = json.loads(large.text["proofsheet:hiflow"])
+        assert made["sizes"] == [32, 48] and made["steps"] == 2 and made["guidance_scale"] == 3.0

@@ -1,5 +1,6 @@
 """HiFlow on stock pipelines of every family, against runs written out by hand."""
 
+import inspect
 import itertools
 import math
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import (
+    AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
     DiffusionPipeline,
@@ -19,6 +21,7 @@ from diffusers import (
     FluxTransformer2DModel,
     HeunDiscreteScheduler,
     StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
 from PIL import Image
@@ -30,10 +33,12 @@ from solver.samplers.calls import guidance
 from solver.samplers.hiflow import PRESETS, hiflow, with_steps
 from solver.samplers.hiflow.alignment import enlarge, sharpen
 from solver.samplers.hiflow.lowpass import lowpass
-from solver.samplers.hiflow.memory import check_memory
+from solver.samplers.hiflow.memory import check_memory, decoder_bytes
+from solver.samplers.hiflow.model_patches import exact_positions
 from solver.samplers.hiflow.noise import clean_image, model_output_of, noised, stage_solver
 from solver.samplers.hiflow.pixels import encode, tiled_where_needed
 from solver.samplers.hiflow.plan import plan_stages
+from solver.samplers.hiflow.sampler import _control_of_stage, is_distilled_to_few_steps
 from solver.samplers.latents import decode, denoiser, latent_shape, pack, unpack
 
 N, K = 5, 3
@@ -322,32 +327,68 @@ def test_a_smaller_result_that_is_no_beginning_is_refused():
     pipe, call = prepared("sd")
     small = hiflow(pipe, None, 1, (32,), CODE, call=call)
     given = {"prompt": None, "seed": 1, "sizes": (32, 64), "preset": CODE, "call": call, "smaller": small}
+    other_prompt = {**call, "prompt_embeds": call["prompt_embeds"] + 1}
+    elsewhere = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=0)
     cases = [
         ("32 x 32, and 48 x 48, 64 x 64 are to be rendered", {"sizes": (48, 64)}),
-        ("the same steps", {"preset": with_steps(CODE, 7)}),
-        ("the same steps, guidance", {"guidance_scale": 5.0}),
+        ("another run: its steps differed", {"preset": with_steps(CODE, 7)}),
+        ("the same guidance", {"guidance_scale": 5.0}),
+        ("another run: its prompts and seeds differed", {"seed": 2}),
+        ("another run: its prompts and seeds differed", {"call": other_prompt}),
+        ("another run: its scheduler differed", {"scheduler": elsewhere}),
+        ("another run: its pipeline differed", {"pipe": tiny_pipeline("sd", seed=1)[0]}),
         ("has to be the beginning", {"alignment": "none"}),
         ("has to be the beginning", {"sizes": (32,)}),
-        ("smaller has 1 pictures, but there are 2 seeds", {"seed": [1, 2], "call": prepared("sd", 2)[1]}),
-        ("image and smaller are both given", {"image": torch.rand(3, 32, 32)}),
+        ("another run: its prompts and seeds differed", {"seed": [1, 2], "call": prepared("sd", 2)[1]}),
+        ("another run: its image differed", {"image": torch.rand(3, 32, 32)}),
     ]
     for message, changes in cases:
         with pytest.raises(ValueError, match=message):
-            hiflow(pipe, **{**given, **changes})
+            hiflow(**{"pipe": pipe, **given, **changes})
+
+
+def test_one_base_is_enlarged_in_several_ways():
+    """But what was enlarged in one way goes on in that way."""
+    pipe, call = prepared("flux")
+    base = hiflow(pipe, None, 1, (32,), CODE, call=call)
+    other = replace(CODE, start="prediction", acceleration="eq10", cutoff=(0.5,))
+    alone = hiflow(pipe, None, 1, (32, 48), other, call=call)
+    middle = hiflow(pipe, None, 1, (32, 48), other, call=call, smaller=base)
+    assert torch.equal(middle.images[1], alone.images[1])
+    for change in ({"start": "image"}, {"acceleration": "code"}):
+        with pytest.raises(ValueError, match="another run: its start and acceleration differed"):
+            hiflow(pipe, None, 1, (32, 48, 64), replace(other, **change), call=call, smaller=middle)
+
+
+def test_an_enlarged_image_is_enlarged_further():
+    pipe, call = prepared("flux")
+    given = {"prompt": None, "seed": 1, "preset": CODE, "call": call, "image": torch.rand(3, 32, 32)}
+    whole = hiflow(pipe, sizes=(32, 48, 64), **given)
+    parts = hiflow(pipe, sizes=(32, 48, 64), smaller=hiflow(pipe, sizes=(32, 48), **given), **given)
+    assert len(parts.images) == 3 and torch.equal(parts.images[-1], whole.images[-1])
+    with pytest.raises(ValueError, match="another run: its image differed"):
+        hiflow(pipe, sizes=(32, 48, 64), smaller=parts, **{**given, "image": None})
 
 
 # ---- a given image ----
 
 
-def test_an_image_larger_than_the_model_knows_is_no_base():
-    """The grid is shifted, and attention scaled, as for the model's own size."""
+def test_an_image_of_another_size_than_the_model_knows_is_no_base():
+    """The grid is shifted, and attention scaled, as for the model's own size, which the autoencoder says."""
     pipe, call = prepared("flux")
-    pipe.default_sample_size = 16  # latents of 2 pixels: 32
-    small = hiflow(pipe, None, 1, (32, 64), CODE, image=torch.rand(3, 32, 32), call=call)
-    large = hiflow(pipe, None, 1, (64, 96), CODE, image=torch.rand(3, 64, 64), call=call)
-    assert large.sigmas == small.sigmas
-    pipe.default_sample_size = 32
-    assert hiflow(pipe, None, 1, (64, 96), CODE, image=torch.rand(3, 64, 64), call=call).sigmas != small.sigmas
+
+    def enlarged(start, end):
+        image = torch.rand(3, start, start, generator=torch.Generator().manual_seed(0))
+        return hiflow(pipe, None, 1, (start, end), CODE, image=image, call=call)
+
+    own = enlarged(32, 64)
+    assert enlarged(64, 96).sigmas == own.sigmas
+    pipe.vae.register_to_config(sample_size=64)
+    other = enlarged(64, 96)
+    assert other.sigmas != own.sigmas
+    assert enlarged(32, 64).sigmas == other.sigmas
+    (stage,) = enlarged(32, 64).stages
+    assert not stage.shifted_patches and stage.ntk_factor == 1  # the model's own size, drawn as ever
 
 
 def test_a_given_image_is_enlarged():
@@ -580,7 +621,10 @@ def test_bad_input_is_refused_before_anything_runs():
         ("takes no image", {"image": image, "alignment": "none"}),
         ("give its own size and a larger one", {"image": image, "sizes": (32,)}),
         ("preset='codes'", {"preset": "codes"}),
-        (r"needs about .* GiB on cpu.*enable_model_cpu_offload", {"sizes": (32, 2**16)}),
+        (
+            r"needs about .* GiB on cpu.*helps: smaller sizes, pipe.vae.enable_tiling.., half precision; ignore",
+            {"sizes": (32, 2**16)},
+        ),
     ]
     for message, changes in cases:
         given = {"prompt": None, "seed": 1, "sizes": (32, 64), "preset": CODE, "call": call, **changes}
@@ -610,3 +654,86 @@ def test_families_that_cannot():
     with pytest.raises(ValueError, match="positions for 384"):
         pipe, call = prepared("sd3")
         hiflow(pipe, None, 1, (32, 512), CODE, call=call)
+
+
+def test_pipelines_and_solvers_that_do_not_fit():
+    pipe, call = prepared("sd")
+    image_to_image = StableDiffusionImg2ImgPipeline(**pipe.components)
+    with pytest.raises(ValueError, match="does not begin with noise that it is given; take the text-to-image"):
+        hiflow(image_to_image, None, 1, (32, 64), CODE, call=call)
+    pipe, call = prepared("sdxl")
+    with pytest.raises(ValueError, match="call has denoising_end"):
+        hiflow(pipe, None, 1, (32, 64), CODE, call={**call, "denoising_end": 0.5})
+    pipe, call = prepared("flux")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
+    with pytest.raises(ValueError, match="stochastic_sampling=True: HiFlow's stages are deterministic"):
+        hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+
+
+def test_a_preset_has_the_few_steps_that_a_model_is_distilled_to():
+    pipe, call = prepared("flux")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    assert not is_distilled_to_few_steps(pipe)  # it is told its guidance: FLUX dev
+    schnell = FluxTransformer2DModel.from_config(pipe.transformer.config, guidance_embeds=False)
+    pipe.register_modules(transformer=schnell)
+    assert is_distilled_to_few_steps(pipe)
+    result = hiflow(pipe, None, 1, (32, 64), "code", call=call)
+    assert [stage.steps for stage in result.stages] == [4, 2]
+    assert [stage.steps for stage in hiflow(pipe, None, 1, (32, 64), CODE, call=call).stages] == [N, K]
+
+
+def test_memory_of_a_small_decoder():
+    """As many values a pixel as its first channels make: 32 of the miniature's against 128."""
+    assert decoder_bytes(512, 512, 4, channels=32) == decoder_bytes(512, 512, 4) / 4
+    pipe, call = prepared("flux")
+    pipe.vae.register_to_config(block_out_channels=(4, 8))
+    check_memory(pipe, plan_stages((32, 1024), CODE, 4), 20, call)  # 100 MB each, and not 2.5 GB
+
+
+def test_where_control_begins_and_ends_counts_the_whole_grid():
+    stage = plan_stages((64, 128), replace(CODE, steps=30, stage_steps=(10,)), 16)[1]
+    call = {"control_guidance_start": 0.5, "control_guidance_end": [0.8, 1.0]}
+    assert _control_of_stage(call, stage) == {
+        "control_guidance_start": 0.0,
+        "control_guidance_end": [pytest.approx(0.4), 1.0],
+    }
+    assert _control_of_stage({}, stage) == {}
+
+
+def test_control_pictures_in_pixels_keep_up_with_moved_patches():
+    """XLabs' ControlNets take the picture itself, eight pixels a latent: so wide is the border that moves patches."""
+    pipe, call = prepared("flux")
+    four = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    known = {name: value for name, value in pipe.vae.config.items() if not name.startswith("_")}
+    vae = AutoencoderKL(**{**known, **four, "block_out_channels": (4, 4, 4, 8)})
+    names = inspect.signature(FluxControlNetModel).parameters
+    known = {name: value for name, value in pipe.transformer.config.items() if name in names}
+    network = FluxControlNetModel(**{**known, "conditioning_embedding_channels": 4, "patch_size": 2})
+    parts = {k: v for k, v in pipe.components.items() if k not in ("image_encoder", "feature_extractor", "vae")}
+    pipe = FluxControlNetPipeline(**parts, vae=vae, controlnet=network)
+    pipe.set_progress_bar_config(disable=True)
+    sizes = []
+    network.input_hint_block.register_forward_hook(lambda module, args, out: sizes.append(args[0].shape[-1]))
+    call = {**call, "control_image": torch.rand(1, 3, 64, 64)}
+    result = hiflow(pipe, None, 1, (64, 128), CODE, call=call)
+    assert result.images[-1].isfinite().all()
+    assert sizes == [64] * N + [144, 128, 144]  # moved at every other step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_are_told_apart(dtype):
+    """In bfloat16, of 384 rows there are 321."""
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, img_ids):
+            seen.append(img_ids)
+
+    ids = torch.cartesian_prod(torch.arange(384.0), torch.arange(2.0))
+    ids = torch.cat([torch.zeros(len(ids), 1), ids], dim=1).to(dtype)
+    condition = torch.tensor([[1.0, 5.0, 6.0]], dtype=dtype)
+    network = Network()
+    with exact_positions(network, (384, 2)):
+        network(img_ids=torch.cat([ids, condition]))
+    assert seen[0].dtype == torch.float32 and len(seen[0][:-1, 1].unique()) == 384
+    assert seen[0][-1].tolist() == [1.0, 5.0, 6.0] and not network._forward_pre_hooks

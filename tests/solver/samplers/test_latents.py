@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from tiny_pipelines import FAMILIES, run, tiny_pipeline
+from tiny_pipelines import FAMILIES, run, tiny_pipeline, unet
 
 from solver.samplers.latents import (
     as_seeds,
