@@ -6,11 +6,11 @@
     python -m benchmarks.hiflow_quality --also cutoff alpha beta --output runs/hiflow_quality/mini-sd   # sweeps
 
 Prompts are captions of the miniature world's test scenes, and the reference is those scenes, rendered at the large
-size. Rows: the pipeline by itself; a picture straight from noise, with the changes inside the network; the base picture
-enlarged; HiFlow with its initialization, with its direction alignment, and whole. Measured (see `hiflow_measures`):
-Fréchet distances in DINO's features, of whole pictures and of 64 px patches; the caption check, after shrinking to the
-base's size; correlation of the low band, and of a wider one, with the base picture; sharpness of edges. Intervals are
-of paired bootstraps over prompts.
+size. Rows: the pipeline by itself; a picture straight from noise, with the changes inside the network; the base
+picture enlarged; HiFlow with its initialization, with its direction alignment, and whole. Measured (see
+`hiflow_measures`): Fréchet distances in DINO's features, of whole pictures and of 64 px patches; the caption check,
+after shrinking to the base's size; correlation of the low band, and of a wider one, with the base picture; sharpness
+of edges. Intervals are of paired bootstraps over prompts.
 
 Writes metrics.json, table.md and a contact sheet a size. All rows share one base run; finished batches of rows are
 kept in `cache/`, so that an interrupted command goes on and a sweep pays for its own rows only.

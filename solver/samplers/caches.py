@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks import ModelHook
 from diffusers.models.cache_utils import CacheMixin
 
 from solver.samplers.latents import denoiser
@@ -24,7 +25,7 @@ def require_cache(pipe: DiffusionPipeline, cache: object | None) -> None:
     Raises:
         ValueError: a cache is on from before, the network takes none, or this one would do nothing.
     """
-    if getattr(denoiser(pipe), "is_cache_enabled", False):  # SD3's transformer knows no caches
+    if any(hook._is_stateful for hook in _hooks(denoiser(pipe))):  # however it was switched on
         raise ValueError(
             "A feature cache is on from before; its features would meet other tokens. Call disable_cache(), and pass "
             "its configuration as cache=."
@@ -42,10 +43,10 @@ def cached(pipe: DiffusionPipeline, cache: object | None) -> Iterator[None]:
     network = denoiser(pipe)
     if not isinstance(network, CacheMixin):
         raise ValueError(f"{type(network).__name__} takes no feature cache in diffusers; leave cache= out.")
-    before = _number_of_hooks(network)
+    before = len(_hooks(network))
     network.enable_cache(cache)
     try:
-        if _number_of_hooks(network) == before:
+        if len(_hooks(network)) == before:
             raise ValueError(
                 f"{type(cache).__name__} finds no layer of {type(network).__name__} by its patterns and would do "
                 f"nothing; name some, such as cache_identifiers={_attention_pattern(network)!r}."
@@ -56,9 +57,10 @@ def cached(pipe: DiffusionPipeline, cache: object | None) -> Iterator[None]:
         network.disable_cache()
 
 
-def _number_of_hooks(network: torch.nn.Module) -> int:
+def _hooks(network: torch.nn.Module) -> list[ModelHook]:
+    """Of diffusers, on all of its modules."""
     registries = (getattr(module, "_diffusers_hook", None) for module in network.modules())
-    return sum(len(registry.hooks) for registry in registries if registry is not None)
+    return [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
 
 
 def _attention_pattern(network: torch.nn.Module) -> list[str]:

@@ -172,6 +172,16 @@ def require_flow(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> None:
         )
 
 
+def require_deterministic(scheduler: SchedulerMixin) -> None:
+    """Raises ValueError if the scheduler draws noise at every step, from no seed that it is given here."""
+    config = scheduler.config
+    if config.get("stochastic_sampling") or str(config.get("algorithm_type")).startswith("sde"):
+        raise ValueError(
+            f"This {type(scheduler).__name__} draws noise at every step, so that no two runs are the same; use one "
+            "without stochastic_sampling or an sde algorithm_type."
+        )
+
+
 class SegmentScheduler:
     """Stands in for a pipeline's scheduler: walks a segment, whatever grid the pipeline asks for.
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from solver.samplers.cascade import fresh_copy, is_flow
+from solver.samplers.cascade import fresh_copy, is_flow, require_deterministic
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler
 
 PREDICTIONS = ("flow", "epsilon", "v_prediction")
@@ -81,15 +81,14 @@ def stage_solver(pipe: DiffusionPipeline, scheduler: SchedulerMixin | None = Non
         scheduler: instead of the pipeline's.
 
     Raises:
-        ValueError: the given scheduler is another one, or of another kind of model.
+        ValueError: the given scheduler is another one, or of another kind of model, or the scheduler draws noise.
     """
     given = pipe.scheduler if scheduler is None else scheduler
     if (kind := prediction_type(given)) != (own := prediction_type(pipe.scheduler)):
         raise ValueError(
             f"scheduler={type(scheduler).__name__} is for models that predict {kind}, this one predicts {own}."
         )
-    if given.config.get("stochastic_sampling"):
-        raise ValueError("stochastic_sampling=True: HiFlow's stages are deterministic, leave it out.")
+    require_deterministic(given)
     plain = FlowMatchEulerDiscreteScheduler if kind == "flow" else DDIMScheduler
     if isinstance(given, plain | ConsistencySolverScheduler):
         return fresh_copy(given)

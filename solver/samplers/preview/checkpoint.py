@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from solver.samplers.cascade import require_deterministic
 from solver.samplers.digest import tensors_digest, weights_digest
 from solver.samplers.latents import denoiser
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler
@@ -181,12 +182,7 @@ def fingerprint(pipe: DiffusionPipeline) -> dict:
 
 def history_names(scheduler: SchedulerMixin) -> tuple[str, ...]:
     """The attributes in which a solver remembers. Raises ValueError if that is not known here, or it draws noise."""
-    config = scheduler.config
-    if config.get("stochastic_sampling") or str(config.get("algorithm_type")).startswith("sde"):
-        raise ValueError(
-            f"This {type(scheduler).__name__} draws noise at every step, so that no two runs are the same; use one "
-            "without stochastic_sampling or an sde algorithm_type."
-        )
+    require_deterministic(scheduler)
     names = next((HISTORY[kind.__name__] for kind in type(scheduler).__mro__ if kind.__name__ in HISTORY), None)
     if names is None:
         raise ValueError(f"{type(scheduler).__name__} cannot be left and resumed; use one of {', '.join(HISTORY)}.")

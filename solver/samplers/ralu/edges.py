@@ -1,11 +1,12 @@
 """Which cells of the small picture get the full resolution early: those with the most edges.
 
-    scores_Bhw = canny_scores(decode(pipe, x0_BChw), luma="full", pixels=16)
+    scores_Bhw = edge_scores(decode(pipe, x0_BChw), luma="full", pixels=16)
     fine_Bhw = select(scores_Bhw, ratio=0.3)
 
 Canny is the classical one: Sobel gradients, their ridges, two thresholds with hysteresis, with OpenCV's conventions
-(aperture 3, |gx| + |gy|, thresholds 100 and 200 on 8-bit luma, no blur), on a batch and on its device. Ties go to the
-first cell in raster order, so equal pictures have equal masks.
+(aperture 3, |gx| + |gy|, thresholds 100 and 200 on 8-bit luma, no blur), on a batch and on its device. Of cells with
+as many edge pixels the one with the steeper gradients counts, and of those that are alike the first in an order that
+is scattered over the picture and always the same, so that equal pictures have equal masks.
 
 Source: section 3.2 of arXiv 2507.08422; Sobel in latent space is its Table S3.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 THRESHOLDS = (100.0, 200.0)  # of |gx| + |gy| at 8-bit luma
 LUMA = ("full", "clipped")
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)
+STEEPEST = 8 * 255 + 1  # no |gx| + |gy| reaches it
 TAN_22_5 = math.tan(math.pi / 8)
 
 
@@ -99,6 +101,13 @@ def canny_scores(images_BCHW: Tensor, luma: str, pixels: int) -> Tensor:
     return F.avg_pool2d(edges_B1HW.float(), pixels, divisor_override=1)[:, 0]
 
 
+def edge_scores(images_BCHW: Tensor, luma: str, pixels: int) -> Tensor:
+    """As `canny_scores`, and below 1 the steepness of the cell, which ranks those with as many edges."""
+    gx, gy = gradients(luma_B1HW(images_BCHW, luma))
+    steepness = F.avg_pool2d(gx.abs() + gy.abs(), pixels)[:, 0] / STEEPEST
+    return canny_scores(images_BCHW, luma, pixels) + steepness
+
+
 def sobel_scores(x0_BChw: Tensor) -> Tensor:
     """Gradient in latent space, summed over channels and each cell's 2 x 2 latents; no decoding needed."""
     gx, gy = gradients(x0_BChw.float())
@@ -114,9 +123,10 @@ def select(scores_Bhw: Tensor, ratio: float) -> Tensor:
     if not 0 < ratio < 1:
         raise ValueError(f"ratio={ratio}: expected a share between 0 and 1, both excluded.")
     scores = scores_Bhw.flatten(1)
-    chosen = torch.sort(scores, dim=1, descending=True, stable=True).indices[
-        :, : number_of_fine(ratio, scores.shape[1])
-    ]
+    cells = scores.shape[1]
+    order = torch.randperm(cells, generator=torch.Generator().manual_seed(cells)).to(scores.device)
+    ranked = order[torch.sort(scores[:, order], dim=1, descending=True, stable=True).indices]
+    chosen = ranked[:, : number_of_fine(ratio, cells)]
     fine = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
     return fine.view_as(scores_Bhw)
 

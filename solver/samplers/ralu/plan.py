@@ -12,6 +12,8 @@ from solver.samplers.cost import Network, decoding_flops, image_tokens, run_flop
 from solver.samplers.ralu.edges import number_of_fine
 from solver.samplers.ralu.schedule import PRESETS, Schedule, at_bound, solve
 
+LONGEST_TEXT = 2**16  # tokens
+
 
 def as_schedule(
     preset: str | Schedule | None = "4x",
@@ -34,8 +36,8 @@ def as_schedule(
     """
     if (steps is None) != (ends is None):
         raise ValueError(f"steps={steps}, ends={ends}: a schedule of one's own needs both.")
-    if isinstance(preset, str) and preset not in PRESETS:
-        raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}.")
+    if not isinstance(preset, Schedule | None) and not (isinstance(preset, str) and preset in PRESETS):
+        raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}, or a Schedule.")
     if preset is None and steps is None:
         raise ValueError("preset=None: expected a preset, or steps and ends of a schedule of one's own.")
     known = PRESETS[preset] if isinstance(preset, str) else preset
@@ -44,7 +46,7 @@ def as_schedule(
     if steps is None:
         steps, ends, ratio = known.steps, known.ends, known.ratio if ratio is None else ratio
     schedule = solve(steps, ends, 0.3 if ratio is None else ratio, 3.0 if shift is None else shift)
-    if bound := at_bound(schedule):
+    if bound := at_bound(schedule, Z_max=20.0):
         warnings.warn(f"NT-matching left {', '.join(bound)} on its bound: {schedule}.", stacklevel=2)
     return schedule
 
@@ -85,6 +87,8 @@ def plan(
         raise ValueError(f"height={height}, width={width}: expected multiples of {2 * network.pixels} pixels.")
     if plain_steps < 1:
         raise ValueError(f"plain_steps={plain_steps}: expected at least 1.")
+    if text_tokens is not None and not 0 < text_tokens <= LONGEST_TEXT:
+        raise ValueError(f"text_tokens={text_tokens}: expected 1 to {LONGEST_TEXT}.")
     network = network if text_tokens is None else text_length(network, text_tokens)
     full = image_tokens(network, height, width)
     tokens = stage_tokens(schedule, full)
@@ -125,4 +129,6 @@ def as_table(planned: dict) -> str:
     rows.append(f"             Jensen-Shannon distance {match['js_distance']:.4f}")
     counted = "with" if cost["attention_counted"] else "without"
     rows.append(f"TFLOPs {counted} attention: {cost['total']:.1f}, plain {cost['plain']:.1f}: {cost['ratio']:.2f}x")
+    if cost["ratio"] < 1:
+        rows.append("This costs more than the plain run: take a preset with fewer steps.")
     return "\n".join(rows)

@@ -13,6 +13,7 @@ Source: arXiv 2507.08422. `Choices()` is what we think right, `PUBLISHED` what t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,14 @@ from diffusers import DiffusionPipeline, SchedulerMixin, TaylorSeerCacheConfig
 from torch import Tensor
 
 from solver.samplers.caches import cached, require_cache
-from solver.samplers.cascade import Segment, fresh_copy, number_of_pictures, require_flow, run_segment
+from solver.samplers.cascade import (
+    Segment,
+    fresh_copy,
+    number_of_pictures,
+    require_deterministic,
+    require_flow,
+    run_segment,
+)
 from solver.samplers.latents import (
     as_seeds,
     decode,
@@ -31,7 +39,7 @@ from solver.samplers.latents import (
     seeded,
     vae_factor,
 )
-from solver.samplers.ralu.edges import LUMA, canny_scores, number_of_fine, select, sobel_scores
+from solver.samplers.ralu.edges import LUMA, edge_scores, number_of_fine, select, sobel_scores
 from solver.samplers.ralu.mixed_resolution import ANCHORS, UNITS, mixed_resolution, require_mixable
 from solver.samplers.ralu.noise import COPIES, enlarge, injected_noise, on_grid, reduce, white_noise
 from solver.samplers.ralu.plan import as_schedule
@@ -60,7 +68,8 @@ class Choices:
         edges: which cells are fine early: those with Canny edges in the decoded picture ("canny"), with gradients in
             latent space ("sobel"), or any ("random").
         luma: "full", or "clipped", which is blind to edges in the dark half.
-        copy: how latents are copied: "pixel" (nearest neighbour) or "token" (whole patches, which tiles).
+        copy: how latents are copied: "pixel" (nearest neighbour) or "token" (whole patches, which tiles). Qwen-Image
+            scales its guidance token by token: with `true_cfg_scale`, only "token" leaves copies alike.
         anchor: where a coarse token sits: in the "centre" of its cell, or on its top left "corner".
         units: what positions count: tokens of the "small" picture, or of the "full" one.
         scaled_noise: whether the noise of untouched tokens has variance 1 - c instead of 1.
@@ -141,7 +150,10 @@ def ralu(
     """
     if isinstance(shift, str) and shift != "own":
         raise ValueError(f"shift={shift!r}: expected a number, 'own' or None.")
+    if not isinstance(choices, Choices):
+        raise ValueError(f"choices={choices!r}: expected Choices(...).")
     run = prepare(pipe, prompt, seed, height, width, call)
+    require_deterministic(pipe.scheduler if scheduler is None else scheduler)
     require_cache(pipe, cache)
     if shift == "own" or (steps is not None and shift is None):
         shift = scheduler_shift(pipe.scheduler, run.tokens)
@@ -219,6 +231,7 @@ def prepare(pipe, prompt, seed, height=None, width=None, call: dict | None = Non
     transformer = denoiser(pipe)
     require_mixable(transformer)
     require_flow(pipe, pipe.scheduler)
+    require_deterministic(pipe.scheduler)
     if pipe.components.get("controlnet") is not None:
         raise ValueError(f"{type(pipe).__name__}: a ControlNet answers for the full grid, RALU's tokens are mixed.")
     require_cache(pipe, None)
@@ -227,7 +240,8 @@ def prepare(pipe, prompt, seed, height=None, width=None, call: dict | None = Non
     own_height, own_width = default_size(pipe)
     height, width = own_height if height is None else height, own_width if width is None else width
     multiple = 2 * vae_factor(pipe) * patch_size(pipe)
-    if height % multiple or width % multiple or min(height, width) <= 0:
+    whole = isinstance(height, Integral) and isinstance(width, Integral)
+    if not whole or height % multiple or width % multiple or min(height, width) <= 0:
         raise ValueError(
             f"height={height}, width={width}: RALU needs positive multiples of {multiple}, twice a token."
         )
@@ -238,7 +252,7 @@ def prepare(pipe, prompt, seed, height=None, width=None, call: dict | None = Non
 def fine_cells(run: Run, x0_BChw: Tensor, ratio: float, choices: Choices) -> Tensor:
     """Which cells get the full resolution early, from the small picture as predicted: boolean (B, h, w)."""
     if choices.edges == "canny":
-        scores = canny_scores(decode(run.pipe, x0_BChw), choices.luma, patch_size(run.pipe) * vae_factor(run.pipe))
+        scores = edge_scores(decode(run.pipe, x0_BChw), choices.luma, patch_size(run.pipe) * vae_factor(run.pipe))
     elif choices.edges == "sobel":
         scores = sobel_scores(x0_BChw)
     else:

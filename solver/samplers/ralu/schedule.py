@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral
 
 import numpy as np
 from scipy.optimize import minimize
@@ -23,7 +24,8 @@ from scipy.spatial.distance import jensenshannon
 COPIES = 4  # of a latent, when height and width are doubled
 Z_MIN = math.sqrt(COPIES)  # c = 1/Z² at most 1/4: beyond, the noise of a block of copies would have no covariance
 Z_MAX = 100.0
-SHIFT_BOUNDS = (0.5, 10.0)
+SHIFT_BOUNDS = (0.5, 10.0)  # of the public code, whose plain run has shift 3
+NARROWEST = 1e-3  # stage, in the paper's time: the grid on which densities are compared
 GRID = np.linspace(0.0, 1.0, 1000)  # the times at which densities are compared
 DENSITY_FLOOR = 1e-10
 PUBLISHED_SHIFT = 3.0  # of FLUX.1-dev and SD3's schedulers, static; for it the published presets were solved
@@ -171,8 +173,11 @@ def solve(
     shift: float,
     slack: float = 0.05,
     Z_max: float = 20.0,
+    enough: float = 0.017,
 ) -> Schedule:
     """NT-matching with the smallest Z, that is the most of the small picture kept, that matches well.
+
+    The bounds of the shifts grow with the shift of the plain run, which dynamic shifting makes large at large sizes.
 
     Args:
         steps: N of each of the three stages.
@@ -181,31 +186,39 @@ def solve(
         shift: of the plain run, `scheduler_shift` of its scheduler.
         slack: how much worse than the best distance may be, for a smaller Z.
         Z_max: the largest Z tried.
+        enough: a distance that is good enough, however much better another Z may be: about the best that there is for
+            the published 4x; artefacts are said to be gone at 0.03.
 
     Raises:
         ValueError: stages, ratio, shift, slack or Z_max make no sense.
     """
-    steps, ends = tuple(steps), tuple(float(end) for end in ends)
     check_stages(steps, ends, ratio)
+    steps, ends = tuple(steps), tuple(float(end) for end in ends)
     if not 0 < shift < math.inf:
         raise ValueError(f"shift={shift}: expected a positive number.")
     if slack < 0 or Z_max < Z_MIN:
         raise ValueError(f"slack={slack}, Z_max={Z_max}: expected at least 0 and {Z_MIN}.")
-    shifts, Z = _smallest_matching_Z(steps, ends, float(shift), slack, Z_max)
-    return Schedule(steps, ends, ratio, shifts, Z, float(shift))
+    shifts, Z = _smallest_matching_Z(steps, ends, float(shift), slack, Z_max, enough)
+    return Schedule(tuple(int(n) for n in steps), ends, ratio, shifts, Z, float(shift))
+
+
+def shift_bounds(shift: float) -> tuple[float, float]:
+    """Between which the shifts of the stages are searched, for a plain run of this shift."""
+    low, high = (bound * shift / PUBLISHED_SHIFT for bound in SHIFT_BOUNDS)
+    return min(low, SHIFT_BOUNDS[0]), max(high, SHIFT_BOUNDS[1])
 
 
 @cache
-def _smallest_matching_Z(steps, ends, shift: float, slack: float, Z_max: float):
+def _smallest_matching_Z(steps, ends, shift: float, slack: float, Z_max: float, enough: float):
     """Best shifts for each Z of a coarse grid; the smallest Z within the slack, then closer by bisection."""
 
     def match(Z: float, start=(3.0, 3.0, 3.0)) -> tuple[float, float, tuple[float, float, float]]:
         starts = stage_starts(ends, Z)
-        found = _best_shifts(steps, ends, starts, _target(ends, starts, shift), start)
+        found = _best_shifts(steps, ends, starts, _target(ends, starts, shift), start, shift_bounds(shift))
         return found.fun, Z, tuple(found.x.tolist())
 
     tried = [match(Z) for Z in np.geomspace(Z_MIN, Z_max, 13).tolist()]
-    enough = (1 + slack) * min(distance for distance, _, _ in tried)
+    enough = max(enough, (1 + slack) * min(distance for distance, _, _ in tried))
     first = next(i for i, (distance, _, _) in enumerate(tried) if distance <= enough)
     good, worse = tried[first], tried[max(first - 1, 0)][1]
     for _ in range(5 if first else 0):
@@ -214,20 +227,20 @@ def _smallest_matching_Z(steps, ends, shift: float, slack: float, Z_max: float):
     return good[2], good[1]
 
 
-def _best_shifts(steps, ends, starts, target, start):
+def _best_shifts(steps, ends, starts, target, start, bounds):
     weights = np.asarray(steps) / sum(steps)
 
     def objective(shifts):
         stages = zip(weights, shifts, starts, ends, strict=True)
         return _distance(sum(w * density(h, s, e) for w, h, s, e in stages), target)
 
-    return minimize(objective, start, method="L-BFGS-B", bounds=[SHIFT_BOUNDS] * 3)
+    return minimize(objective, start, method="L-BFGS-B", bounds=[bounds] * 3)
 
 
-def at_bound(schedule: Schedule) -> list[str]:
+def at_bound(schedule: Schedule, Z_max: float = Z_MAX) -> list[str]:
     """Which parameters the search left on a bound, where its answer says little."""
-    bounds = {f"h_{k + 1}": (h, *SHIFT_BOUNDS) for k, h in enumerate(schedule.shifts)}
-    bounds["Z"] = (schedule.Z, Z_MIN, Z_MAX)
+    bounds = {f"h_{k + 1}": (h, *shift_bounds(schedule.shift)) for k, h in enumerate(schedule.shifts)}
+    bounds["Z"] = (schedule.Z, Z_MIN, Z_max)
     return [name for name, (value, low, high) in bounds.items() if not low * 1.001 < value < high * 0.999]
 
 
@@ -266,14 +279,14 @@ def check_Z(Z: float) -> None:
 
 def check_stages(steps: Sequence[int], ends: Sequence[float], ratio: float) -> None:
     """Raises ValueError unless these are three stages that rise to 1, with a ratio in (0, 1)."""
-    if len(steps) != 3 or len(ends) != 3:
-        raise ValueError(f"steps={tuple(steps)}, ends={tuple(ends)}: expected three stages, each with a step count.")
-    if any(int(n) != n or n < 1 for n in steps):
+    if not all(isinstance(values, Sequence) and len(values) == 3 for values in (steps, ends)):
+        raise ValueError(f"steps={steps}, ends={ends}: expected three stages, each with a step count.")
+    if any(not isinstance(n, Integral) or n < 1 for n in steps):
         raise ValueError(f"steps={tuple(steps)}: expected whole numbers of at least 1.")
     if ends[-1] != 1:
         raise ValueError(f"ends={tuple(ends)}: the last stage has to end at 1, at the finished picture.")
-    if not 0 < ends[0] < ends[1] < 1:
-        raise ValueError(f"ends={tuple(ends)}: expected times that rise from above 0 to 1.")
+    if not all(end - start >= NARROWEST for start, end in zip((0, *ends), ends, strict=False)):
+        raise ValueError(f"ends={tuple(ends)}: expected times that rise from above 0 to 1, by {NARROWEST:g} or more.")
     if not 0 < ratio < 1:
         raise ValueError(f"ratio={ratio}: expected a share between 0 and 1, both excluded.")
 

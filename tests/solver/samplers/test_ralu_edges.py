@@ -6,6 +6,7 @@ import torch
 from solver.samplers.ralu.edges import (
     canny,
     canny_scores,
+    edge_scores,
     gradients,
     luma_B1HW,
     number_of_fine,
@@ -101,12 +102,30 @@ def test_sobel_in_latent_space():
     assert (scores[0, :, 2:4] > 0).all() and scores[0, :, :2].sum() == scores[0, :, 4:].sum() == 0
 
 
-def test_selection_counts_and_breaks_ties_in_raster_order():
+def test_cells_that_are_alike_are_scattered():
+    """Where nothing has edges, what is left of the ratio goes everywhere, in the same way for every picture."""
+    fine = select(torch.zeros(2, 8, 8), 0.3)
+    assert fine.sum((1, 2)).tolist() == [19, 19] and torch.equal(fine[0], fine[1])
+    assert fine[0].any(1).sum() >= 6 and fine[0].any(0).sum() >= 6
+
+
+def test_of_cells_with_as_many_edges_the_steeper_counts():
+    """Two edges of one length, of which the right one is higher, and a gentle one that is none to Canny."""
+    picture = torch.zeros(1, 3, 32, 96)
+    picture[..., 16:32], picture[..., 48:64] = 0.5, 1.0
+    picture[..., 80:] = 0.1
+    scores = edge_scores(picture, "full", 32)[0, 0]
+    counts = canny_scores(picture, "full", 32)[0, 0]
+    assert counts[0] == counts[1] > counts[2] == 0
+    assert scores[1] > scores[0] > scores[2] > 0 and torch.equal(scores.floor(), counts)
+
+
+def test_selection_counts():
     assert [number_of_fine(ratio, 1024) for ratio in (0.3, 0.2, 0.1)] == [307, 204, 102]
     assert number_of_fine(0.3, 10) == 3
-    scores = torch.tensor([[[0.0, 5, 0], [5, 5, 9]], [[0.0, 0, 0], [0, 0, 0]]])
+    scores = torch.tensor([[[0.0, 5, 0], [5, 1, 9]], [[1.0, 2, 3], [4, 5, 6]]])
     fine = select(scores, 0.5)
-    assert fine.tolist() == [[[False, True, False], [True, False, True]], [[True, True, True], [False] * 3]]
+    assert fine.tolist() == [[[False, True, False], [True, False, True]], [[False] * 3, [True] * 3]]
     for ratio in (0.0, 1.0, -0.1):
         with pytest.raises(ValueError, match="ratio="):
             select(scores, ratio)

@@ -5,9 +5,10 @@ import json
 import pytest
 
 import sample
+from evaluation.commands.ralu import FAMILIES
 from solver.samplers.cost import NETWORKS, text_length
 from solver.samplers.ralu.plan import as_schedule, plan, stage_tokens
-from solver.samplers.ralu.schedule import PRESETS, PUBLISHED_SHIFT
+from solver.samplers.ralu.schedule import PRESETS, PUBLISHED_SHIFT, solve
 
 
 def test_shorter_prompts_cost_the_text_encoder_less_too():
@@ -70,8 +71,21 @@ def test_schedules_that_are_meant():
         as_schedule(None)
     with pytest.raises(ValueError, match="needs both"):
         as_schedule("4x", ends=(0.3, 0.45, 1.0))
-    with pytest.warns(UserWarning, match="h_1 on its bound"):
-        as_schedule("4x", shift=8.0)
+    for preset in (4, PRESETS):
+        with pytest.raises(ValueError, match=r"preset=.*or a Schedule"):
+            as_schedule(preset)
+    for steps, ends in (
+        ((5,), (1.0,)),
+        (5, 1.0),
+        ((2.0, 2.0, 2.0), (0.3, 0.45, 1.0)),
+        ((float("nan"), 1, 1), (0.3, 0.45, 1)),
+    ):
+        with pytest.raises(ValueError, match=r"expected (three stages|whole numbers)"):
+            as_schedule(None, steps, ends)
+    with pytest.raises(ValueError, match=r"rise from above 0 to 1, by 0\.001 or more"):
+        as_schedule(None, (5, 6, 7), (0.3, 1 - 1e-16 * 2, 1.0))
+    with pytest.warns(UserWarning, match="h_1, h_2 on its bound"):
+        as_schedule("4x", shift=0.05)
 
 
 def command(line):
@@ -98,3 +112,31 @@ def test_command_explains(capsys):
         command("--explain --family flux --steps 5 6 7 8 --ends .1 .3 .45 1")
     with pytest.raises(ValueError, match="--seed: needed"):
         sample.main(["ralu", "--model", "somewhere", "--prompt", "x"])
+
+
+def test_the_command_plans_the_run_that_it_would_make(capsys):
+    """Of the family's own scheduler: dynamic for FLUX, at the picture's size; 1 for schnell. And its usual preset."""
+
+    def planned(line):
+        command(f"--explain --json {line}")
+        return json.loads(capsys.readouterr().out)
+
+    own = "--steps 5 6 7 --ends .3 .45 1"
+    for line, shift in (
+        (f"--family flux {own}", 3.158),
+        (f"--family flux {own} --width 1440 --height 1440", 6.222),
+        (f"--family flux-schnell {own}", 1.0),
+        (f"--family sd3 {own}", 3.0),
+        ("--family flux --shift own", 3.158),
+    ):
+        expected = solve((5, 6, 7), (0.3, 0.45, 1.0), 0.3, shift)
+        assert planned(line)["nt_matching"]["h"] == pytest.approx(expected.shifts, rel=0.01)
+    steps = {name: [stage["steps"] for stage in planned(f"--family {name}")["stages"]] for name in FAMILIES}
+    assert steps["flux"] == steps["flux-kontext"] == [5, 6, 7]
+    assert steps["sd3"] == [5, 6, 9] and steps["flux-schnell"] == steps["sd3.5-large-turbo"] == [1, 1, 2]
+    kontext, flux = (planned(f"--family {name} --plain_steps 28")["tflops"] for name in ("flux-kontext", "flux"))
+    assert kontext["plain"] > 2 * flux["plain"]  # the picture to edit runs along
+    command("--explain --family flux-schnell --preset 4x")
+    assert "costs more than the plain run" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="text_tokens=99999999999999999999: expected 1 to 65536"):
+        command("--explain --family flux --text_tokens 99999999999999999999")

@@ -4,7 +4,8 @@ from types import MethodType
 
 import pytest
 import torch
-from diffusers import TaylorSeerCacheConfig
+from diffusers import FlowMatchEulerDiscreteScheduler, TaylorSeerCacheConfig
+from diffusers.hooks import apply_taylorseer_cache
 from peft import LoraConfig
 
 from solver import ConsistencySolverScheduler
@@ -328,3 +329,24 @@ def test_bad_pipelines():
     pipe.transformer.enable_cache(TaylorSeerCacheConfig())
     with pytest.raises(ValueError, match="cache is on from before"):
         run(pipe, call)
+
+
+def test_what_does_not_fit_is_said_before_the_work():
+    pipe, call = tiny("flux")
+    noisy = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
+    cases = [
+        ("draws noise at every step", {"scheduler": noisy}),
+        (r"choices=None: expected Choices", {"choices": None}),
+        (f"height={SIZE}.0, width={SIZE}", {"height": float(SIZE)}),
+        ("preset=4: expected one of", {"preset": 4}),
+    ]
+    for message, changes in cases:
+        with pytest.raises(ValueError, match=message):
+            ralu(**{"pipe": pipe, "prompt": None, "seed": 1, "height": SIZE, "width": SIZE, "call": call, **changes})
+    pipe.scheduler = noisy
+    with pytest.raises(ValueError, match="draws noise at every step"):
+        ralu(pipe, None, 1, height=SIZE, width=SIZE, call=call)
+    pipe, call = tiny("flux")
+    apply_taylorseer_cache(pipe.transformer, TaylorSeerCacheConfig())  # by hand, so that the model does not know
+    with pytest.raises(ValueError, match="cache is on from before"):
+        ralu(pipe, None, 1, height=SIZE, width=SIZE, call=call)
