@@ -35,8 +35,11 @@ ABOUT = {
         "edit as more tokens. Give it the size and `max_sequence_length=32`, its tokenizer's length, since the "
         "pipelines' own defaults are those of the big model; it is guided by `true_cfg_scale` with an empty negative "
         "prompt. Trained on the training split only; the six held-out pairs of shape and colour were never shown "
-        "to it. From step 2,650 on `--large_share 0.6 --edit_share 0.25` replaced the shares of the command below, "
-        "which left too little time for 128 px; its autoencoder had been trained for 15 minutes before.",
+        "to it. From step 2,650 of the first run on `--large_share 0.6 --edit_share 0.25` replaced the shares of the "
+        "command below. The second run: `--start zoo/mini-flux --name mini-flux-2 --minutes 101 --batch_size 96 "
+        "--large_share 0.45 --edit_share 0.35 --large_from 0 --edit_from 0 --muon true --warmup_steps 20` and the "
+        "same pools. Its autoencoder had been trained for 15 minutes before, and its decoder alone for 22 minutes of "
+        "one thread beside the second run.",
         "FluxPipeline.from_pretrained('zoo/mini-flux')",
         "zoo/train_mini_flux.py --minutes 104 --steps 5000 --pool 16000 --large_pool 3000 --edit_pool 5000",
     ),

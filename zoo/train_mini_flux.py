@@ -8,11 +8,12 @@ FluxKontextPipeline.
         --minutes 7                                       # GPU; expect a minute or two before it, for the pool
     accelerate launch zoo/train_mini_flux.py --start zoo/mini-flux --name mini-flux-2 --warmup_steps 20 ...
 
-The landed weights are those of the first, 3,742 steps on a busy machine; from step 2,650 on with --large_share 0.6
---edit_share 0.25, since its schedule left too little time for 128 px. The third goes on from landed weights, in a
-sitting of its own. Needs the results of `zoo/train_mini_flux_vae.py` and `zoo/train_clip.py`. The schedule of what is
-learned when counts steps: where `--minutes` will end the run before its steps do, let everything begin at once, as the
-second does. Estimated, not measured, on an H100: 20,000 small pictures a second.
+The landed weights began as those of the first, 3,742 steps on a busy machine; from step 2,650 on with --large_share
+0.6 --edit_share 0.25, since its schedule left too little time for 128 px. The third goes on from landed weights, in a
+sitting of its own, as they did; their card says how. Needs the results of `zoo/train_mini_flux_vae.py` and
+`zoo/train_clip.py`. The schedule of what is learned when counts steps: where `--minutes` will end the run before its
+steps do, let everything begin at once, as the second does. Estimated, not measured, on an H100: 20,000 small pictures
+a second.
 
 What does not change from step to step is made once and kept under `runs/zoo`: latents of scenes at both sizes and of
 their edited versions, several captions a scene, instructions, all as token ids. Steps are of four kinds, with a batch

@@ -331,6 +331,27 @@ def test_bad_pipelines():
         run(pipe, call)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_that_fails_leaves_no_trace(family):
+    """In the second stage, where the hooks are: the pipeline is as it was, and so is the next picture."""
+    pipe, call = tiny(family)
+    expected, own = run(pipe, call).latents_BCHW, pipe.scheduler
+    attributes = {name: sorted(vars(module)) for name, module in pipe.transformer.named_modules()}
+    calls = []
+
+    def fail_in_the_second_stage(*_):
+        calls.append(1)
+        if len(calls) > len(SHORT.stage_sigmas()[0]):
+            raise RuntimeError("out of memory")
+
+    handle = pipe.transformer.register_forward_pre_hook(fail_in_the_second_stage)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(pipe, call)
+    handle.remove()
+    assert {name: sorted(vars(module)) for name, module in pipe.transformer.named_modules()} == attributes
+    assert pipe.scheduler is own and torch.equal(run(pipe, call).latents_BCHW, expected)
+
+
 def test_what_does_not_fit_is_said_before_the_work():
     pipe, call = tiny("flux")
     noisy = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
