@@ -93,6 +93,7 @@ def main() -> None:
     _, log = fit(network, run, loss, lambda first, device: scene_batches(run, first, device))
     vae.to(memory_format=torch.contiguous_format)
     if run.start:
+        vae.register_to_config(_name_or_path="")
         vae.to(torch.bfloat16).save_pretrained(run.start)
         return
     mean, std = latent_moments(vae)
