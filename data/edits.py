@@ -58,7 +58,7 @@ def edit(scene: Scene, rng: random.Random, kind: str | None = None) -> tuple[str
     """
     if kind is not None and kind not in EDITS:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(EDITS)}.")
-    for attempt in range(60):
+    for attempt in range(6000):  # most scenes need a few; some of the rarer splits more than 60
         chosen = kind or EDITS[attempt % len(EDITS) if attempt >= 30 else rng.randrange(len(EDITS))]
         result = _EDITS[chosen](scene, rng)
         if result is not None and result[1] != scene and result[1].split == scene.split:

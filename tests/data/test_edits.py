@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from data.scenes import EDITS, Scene, caption, check, edit, render
+from data.scenes import EDITS, Scene, caption, check, edit, numbered_edit, render
 
 SCENES = [Scene.random(i, split) for split in ("train", "test") for i in range(150)]
 
@@ -65,3 +65,10 @@ def test_bad_input():
     alone = next(s for s in SCENES if len(s.solids) == 1)
     with pytest.raises(ValueError, match="No remove"):
         edit(alone, random.Random(0), "remove")
+
+
+def test_every_test_scene_has_an_edit():
+    """Some need more than 60 draws to find one that stays in their split."""
+    for number in range(500):
+        instruction, before, after = numbered_edit(number, "test")
+        assert instruction and after != before and after.split == "test"
