@@ -28,6 +28,15 @@ class Parts:
         self.slots[name] = gr.HTML(visible=False)
 
 
+class Picks(gr.CheckboxGroup):
+    """Gives whatever was picked; gradio's own raises where the choices have changed since the page was seen."""
+
+    is_template = True  # for gradio: in the browser it is what it derives from
+
+    def preprocess(self, payload):
+        return payload
+
+
 def lay_out(table: LightTable, forget) -> Parts:
     """Everything, within `gr.Blocks`. `forget` is called with a visit that is over."""
     parts = Parts(gr.State(None, delete_callback=forget))
@@ -77,7 +86,7 @@ def _sheet_tab(parts: Parts) -> None:
     _run_and_stop(sheet, "Make the proof sheet")
     sheet["gallery"] = _gallery("Proof sheet: click a picture to pick it", allow_preview=False, elem_id="sheet")
     with gr.Column(visible=False) as sheet["picking"]:
-        sheet["picks"] = gr.CheckboxGroup([], label="Picked", info="The pictures to refine.", elem_id="picks")
+        sheet["picks"] = Picks([], label="Picked", info="The pictures to refine.", elem_id="picks")
         parts.slots["picks"] = gr.HTML(visible=False)
         refine["cost"] = gr.HTML(elem_classes="cost")
         _run_and_stop(refine, "Refine the picked pictures")

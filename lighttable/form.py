@@ -5,6 +5,7 @@ Everything is checked here before the device is asked: whatever comes through th
 
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from evaluation.recipe import LEARNED, METHODS, SMALL, Recipe, check, options
@@ -96,17 +97,23 @@ def compared(form: Form, methods: list[str], table) -> list[list[Recipe]]:
     return rows
 
 
-def picks(chosen: list, total: int) -> list[int]:
-    """Positions on the sheet, from 0, of what the visitor picked. Raises FormError."""
-    try:
-        numbers = sorted({int(one) - 1 for one in chosen or ()})
-    except (TypeError, ValueError):
-        raise FormError("picks", "The picks are numbers of pictures on the sheet.") from None
-    if not numbers:
-        raise FormError("picks", "Pick one or more pictures of the sheet first." if total else "Make a sheet first.")
-    if numbers[0] < 0 or numbers[-1] >= total:
-        raise FormError("picks", f"The sheet has the pictures 1 to {total}.")
-    return numbers
+def picks(chosen: list, names: Sequence[str]) -> list[int]:
+    """Positions on the sheet, from 0, of what the visitor picked.
+
+    Args:
+        chosen: names of pictures.
+        names: of those that are on the sheet by now; another sheet may have been made since.
+
+    Raises:
+        FormError: nothing is picked, or something that is not there.
+    """
+    if not names:
+        raise FormError("picks", "Make a sheet first.")
+    if not chosen:
+        raise FormError("picks", "Pick one or more pictures of the sheet first.")
+    if not isinstance(chosen, list) or any(one not in names for one in chosen):
+        raise FormError("picks", "What was picked is not on the sheet any more; pick again.")
+    return [number for number, name in enumerate(names) if name in chosen]
 
 
 def whole(field: str, value, least: int, most: int, called: str | None = None) -> int:

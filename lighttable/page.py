@@ -112,7 +112,7 @@ class Events:
         """What refining the picks will cost; nothing is wrong yet if there are none."""
         sheet = visit.sheet if visit else []
         try:
-            recipes = [sheet[number].recipe for number in picks(picked, len(sheet))]
+            recipes = [sheet[number].recipe for number in picks(picked, names(sheet))]
         except FormError:
             return ""
         return wording.said(wording.costs(self.table.estimate_refinements(recipes)))
@@ -146,7 +146,7 @@ class Events:
 
     def _refine(self, given: dict, progress: gr.Progress) -> Iterator[dict]:
         refine, visit = self.parts.refine, self._visit(given)
-        numbers = picks(given[self.parts.sheet["picks"]], len(visit.sheet))
+        numbers = picks(given[self.parts.sheet["picks"]], names(visit.sheet))
         estimate = self.table.estimate([kept.recipe for kept in visit.sheet])
         for pairs in runs.refinements(self.table, visit, numbers, visit.begin(), told(progress, len(numbers))):
             refined = [pair.full.evaluations for pair in pairs]
@@ -300,5 +300,9 @@ def shown(made: list[Kept], several: bool = False) -> list[tuple[str, str]]:
 
 
 def choices(made: list[Kept]) -> list[tuple[str, str]]:
-    """The pictures that can be picked: what the visitor reads, and their number."""
-    return [(f"{n} · seed {kept.recipe.seed}", str(n)) for n, kept in enumerate(made, start=1)]
+    """The pictures that can be picked: what the visitor reads, and their names."""
+    return [(f"{n} · seed {kept.recipe.seed}", kept.name) for n, kept in enumerate(made, start=1)]
+
+
+def names(made: list[Kept]) -> list[str]:
+    return [kept.name for kept in made]

@@ -36,6 +36,11 @@ class Kept:
     seconds: float
     has_checkpoint: bool
 
+    @property
+    def name(self) -> str:
+        """No other picture of the visit has it."""
+        return self.path.stem
+
     def picture(self) -> Picture:
         """The picture, read back."""
         with Image.open(self.path) as image:

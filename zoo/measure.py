@@ -213,6 +213,7 @@ def generate(pipeline, prompts: list[str], batch: int = 50) -> Iterator[tuple[in
 def measure_mini_flux(count: int = 500, unrelated: int = 200) -> dict:
     """Autoencoder, caption checks at both sizes, edits, and how alike the two sizes of one seed are.
 
+    `reach` is what the checks say of the true scenes after the autoencoder: no flow in its latents does better.
     The small picture of a prompt starts from the pooled noise of its large one: means of 2 x 2 latents, times 2. An
     unrelated one has another seed. `same_scene` is the share of pixels that two pictures show of one class, over all
     pixels that show a solid in either.
@@ -248,7 +249,22 @@ def measure_mini_flux(count: int = 500, unrelated: int = 200) -> dict:
         "same_scene_unrelated_seed": float(other.mean()),
         "related_seed_closer": float((related[:unrelated] > other).float().mean()),
         "edits": measure_edits(segmentation, count),
+        "reach": measure_reach(pipeline.vae, segmentation, count),
     }
+
+
+def measure_reach(vae, segmentation, count: int) -> dict:
+    """Checks of true scenes and of true edits that have only been through the autoencoder."""
+    scenes, claims = held_out(count)
+    found = {}
+    for size in (64, 128):
+        labels = in_batches(lambda x: segmentation.features(through(vae, x)), images(scenes, size))
+        found[f"check_{size}"] = summary([check(*pair) for pair in zip(labels, claims, strict=True)])["questions"]
+    _, before, after = zip(*(numbered_edit(i, "test") for i in range(count)), strict=True)
+    drawn = in_batches(lambda x: through(vae, x), images(list(after)))
+    labels = in_batches(segmentation.features, drawn)
+    answers = [check_edit(*row) for row in zip(drawn, labels, before, after, strict=True)]
+    return found | {"edits": share([all(answer.values()) for answer in answers])}
 
 
 def measure_edits(segmentation, count: int) -> dict:
@@ -326,13 +342,18 @@ def share(answers: list[bool]) -> float:
 
 
 @torch.no_grad()
+def through(vae, images_BCHW: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1], encoded and decoded."""
+    x = 2 * images_BCHW.to(vae.device) - 1
+    return (vae.decode(vae.encode(x).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
+
+
 def vae_psnr(vae, scenes: list[Scene], size: int = 64) -> float:
     """Mean over images of the PSNR of encoding and decoding, in decibels."""
     values = []
     for i in range(0, len(scenes), 50):
-        x = images(scenes[i : i + 50], size).to(vae.device)
-        y = vae.decode(vae.encode(2 * x - 1).latent_dist.mode()).sample / 2 + 0.5
-        values.append(-10 * torch.log10((y.clamp(0, 1) - x).square().mean((1, 2, 3))))
+        x = images(scenes[i : i + 50], size)
+        values.append(-10 * torch.log10((through(vae, x).cpu() - x).square().mean((1, 2, 3))))
     return float(torch.cat(values).mean())
 
 

@@ -188,7 +188,7 @@ def encode(vae: AutoencoderKL, scenes: list[Scene], size: int) -> tuple[Tensor, 
     picture = render_batch(scenes, size, vae.device)
     x_BCHW = picture.image.float() / 127.5 - 1
     with torch.autocast(vae.device.type, torch.bfloat16, enabled=BF16):
-        latents = torch.cat([vae.encode(x).latent_dist.mode() for x in x_BCHW.split(125)]).float()
+        latents = torch.cat([vae.encode(x).latent_dist.mode() for x in x_BCHW.split(32)]).float()
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     return latents.half(), picture.segmentation[:, 4::8, 4::8].flatten(1).to(torch.uint8)
 
@@ -232,7 +232,9 @@ def flow_loss(denoiser: nn.Module, batch: Batch, run: MiniFluxRun, step: int, sc
     velocity, logits_BNK = denoiser((1 - s) * x0 + s * noise, sigma_B, batch.words, batch.source)
     mse = F.mse_loss(velocity, noise - x0)
     told = F.cross_entropy(logits_BNK.flatten(0, 1), batch.classes.flatten())
-    return {"loss": mse + run.align_weight * told, "mse": mse, "classes": told}
+    own = f"{4 * x0.shape[-1]} px" + (", edits" if batch.source is not None else "")
+    terms = {"loss": mse + run.align_weight * told, "mse": mse, "classes": told}
+    return terms | {f"mse, {own}": mse, f"classes, {own}": told}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -35,6 +37,7 @@ RUNS = ZOO.parent / "runs" / "zoo"
 ON_GPU = torch.cuda.is_available()
 BF16 = ON_GPU or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # elsewhere hundreds of times slower than float32
 FUSED_ATTENTION = ON_GPU or not BF16  # in bf16 on a CPU, the fused kernel is two to three times slower backwards
+ATTENTION = [*SDPBackend] if FUSED_ATTENTION else SDPBackend.MATH  # for `sdpa_kernel`
 
 
 @dataclass
@@ -131,11 +134,11 @@ def fit(
     ema = EMAModel(plain.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=ON_GPU)
     ema.to(accelerator.device)
     step, log, spent = _restore(folder, run, accelerator, ema)
-    callable_network = torch.compile(network) if run.compile else network
+    callable_network = torch.compile(network, dynamic=False) if run.compile else network
 
     network.train()
     started = saved = time.monotonic()
-    sums, count = {}, 0
+    values: dict[str, list[torch.Tensor]] = defaultdict(list)
     bar = tqdm(total=run.steps, initial=step, desc=run.name, disable=not accelerator.is_main_process, mininterval=10)
     for batch in batches(step, accelerator.device):
         elapsed = spent + time.monotonic() - started
@@ -145,9 +148,9 @@ def fit(
         scale = min((step + 1) / run.warmup_steps, 0.51 + 0.49 * math.cos(math.pi * progress))
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = run.learning_rate * scale
-        with accelerator.autocast():
+        with accelerator.autocast(), sdpa_kernel(ATTENTION):
             terms = loss(callable_network, step, batch)
-        accelerator.backward(terms["loss"])
+            accelerator.backward(terms["loss"])
         accelerator.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -155,19 +158,18 @@ def fit(
         ema.step(plain.parameters())
         step += 1
         for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value.detach().float()
-        count += 1
+            values[name].append(value.detach().float())
         bar.update()
         if step % 100 == 0:
-            log.append(_row(step, spent + time.monotonic() - started, sums, count))
+            log.append(_row(step, spent + time.monotonic() - started, values))
             bar.set_postfix(log[-1])
-            sums, count = {}, 0
+            values.clear()
         if time.monotonic() - saved > 60 * run.save_minutes:
             _store(folder, run, accelerator, ema, step, log, spent + time.monotonic() - started)
             saved = time.monotonic()
     bar.close()
-    if count:
-        log.append(_row(step, spent + time.monotonic() - started, sums, count))
+    if values:
+        log.append(_row(step, spent + time.monotonic() - started, values))
     _store(folder, run, accelerator, ema, step, log, spent + time.monotonic() - started)
     ema.copy_to(plain.parameters())
     return plain.eval(), log
@@ -196,9 +198,10 @@ def load_start(network: nn.Module, run: Run) -> nn.Module:
     return network
 
 
-def _row(step: int, seconds: float, sums: dict[str, torch.Tensor], count: int) -> dict:
-    """A line of the log: means since the last one."""
-    return {"step": step, "seconds": round(seconds), **{k: round(float(v) / count, 5) for k, v in sums.items()}}
+def _row(step: int, seconds: float, values: dict[str, list[torch.Tensor]]) -> dict:
+    """A line of the log: means since the last one, each over the steps that have the term."""
+    means = {name: round(float(torch.stack(those).mean()), 5) for name, those in values.items()}
+    return {"step": step, "seconds": round(seconds), **means}
 
 
 def _store(folder: Path, run: Run, accelerator: Accelerator, ema: EMAModel, step: int, log: list[dict], spent: float):

@@ -34,7 +34,7 @@ SWITCH, GUIDED = 1 / 3, 1 / 6
 SWITCHES = (1 / 6, 1 / 3, 1 / 2)
 MEAN_SWITCHES = (0, 0.1, 1 / 6, 1 / 3)
 SWEPT_M, SWEPT_KAPPA = (1 / 30, 0.1, 1 / 6, 1 / 3), (0.5, 1.0, 2.0, 4.0)
-FEW = 8  # small steps of a multistep solver
+FEW, FEW_GUIDED = 8, 2  # small steps of a multistep solver; as many of them guided, in proportion, as of 20
 ONLY_MEASURED = 1e-30  # a strength that corrects nothing, for the norm of the commutator where there is no guidance
 
 
@@ -168,9 +168,12 @@ def _means(paint: Painter, gain: tuple, multistep: list[str]) -> list[Row]:
             few = f"{MEAN}, {FEW} small steps of {solver}"
             at = f"{few}, D = {_of(switch, steps)}"
             rows.append(_mean(paint, at, switch, curve=few, stepper=solver, small_steps=FEW, in_sheet=switch == 0.1))
-    guided = f"{MEAN}, D = {_of(SWITCH, steps)}"
-    rows.append(_mean(paint, f"{guided}, guidance", SWITCH, guided_steps=GUIDED))
-    rows.append(_mean(paint, f"{guided}, gain", SWITCH, gain=gain))
+    at = f"D = {_of(SWITCH, steps)}"
+    rows.append(_mean(paint, f"{MEAN}, {at}, guidance", SWITCH, guided_steps=GUIDED))
+    rows.append(_mean(paint, f"{MEAN}, {at}, gain", SWITCH, gain=gain))
+    for solver in multistep:
+        few = f"{MEAN}, {FEW} small steps of {solver}, {at}, guidance"
+        rows.append(_mean(paint, few, SWITCH, guided_steps=FEW_GUIDED, stepper=solver, small_steps=FEW))
     return rows
 
 

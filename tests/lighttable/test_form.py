@@ -109,8 +109,11 @@ def test_a_comparison_has_the_same_seeds_in_every_row(sd_table):
         assert raised.value.field == field
 
 
-def test_picks_are_numbers_of_the_sheet():
-    assert picks(["3", "1", "3"], 4) == [0, 2]
-    for chosen, total in ((None, 4), ([], 4), ([], 0), (["5"], 4), (["0"], 4), (["../x"], 4), ([None], 4)):
-        with pytest.raises(FormError):
-            picks(chosen, total)
+def test_picks_are_pictures_of_the_sheet():
+    sheet = ["4-few", "5-few", "6-few"]
+    assert picks(["6-few", "4-few", "6-few"], sheet) == [0, 2]
+    for chosen in (None, [], ["1-few"], ["4-few", "7-few"], ["../x"], [None], [["4-few"]], "4-few", 4):
+        with pytest.raises(FormError, match=r"Pick one|not on the sheet any more"):
+            picks(chosen, sheet)
+    with pytest.raises(FormError, match="Make a sheet first"):
+        picks([], [])

@@ -95,11 +95,22 @@ def test_from_the_first_visit_to_the_refined_picture(page, sd_table):
         assert image.convert("RGB").tobytes() == alone.image.tobytes()
         assert image.text["proofsheet:prompt"] == PROMPT and image.text["proofsheet:seed"] == "8"
 
-    said = visitor.call("refine", Picked=["2"])
+    said = visitor.call("refine", Picked=[sheet[1].name])
     assert "took 117% of 2 full renders." in said  # 2 of 4 steps and 1 of 6, for 2 of 6
     (refined,) = visit_of(page, visitor).refined
     assert refined.preview == sheet[1] and refined.full.recipe == sheet[1].recipe.full
     assert "Seed 8: Learned solver, 4 steps" in visitor.call("history")
+
+
+def test_a_pick_is_of_the_sheet_that_it_was_made_on(page):
+    """Another sheet may have been asked for before the refinement's turn came."""
+    visitor = Visitor(page, "stale")
+    form = {"Prompt": PROMPT, "Candidates": 1, "Steps": 2, "Steps of a full render": 2}
+    visitor.call("make_sheet", **form)
+    (first,) = visit_of(page, visitor).sheet
+    visitor.call("make_sheet", **form)
+    assert "not on the sheet any more" in visitor.call("refine", Picked=[first.name])
+    assert not visit_of(page, visitor).refined
 
 
 def _gallery(said):

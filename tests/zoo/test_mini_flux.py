@@ -178,7 +178,9 @@ def test_every_network_is_trained(pool, networks):
     denoiser, _, tokenizers = networks
     run = MiniFluxRun(**RUN)
     batch = draw_batch(pool, run, Kind(SMALL, True), tokenizers([""]), torch.Generator().manual_seed(0))
-    flow_loss(denoiser, batch, run, 0, build_scheduler())["loss"].backward()
+    terms = flow_loss(denoiser, batch, run, 0, build_scheduler())
+    assert terms["mse, 64 px, edits"] is terms["mse"]
+    terms["loss"].backward()
     for part in (denoiser.transformer, denoiser.text_encoder, denoiser.text_encoder_2):
         with_gradient = [p for p in part.parameters() if p.grad is not None and p.grad.abs().max() > 0]
         assert len(with_gradient) > 0.8 * len(list(part.parameters()))
@@ -251,6 +253,7 @@ def test_the_measure_runs_and_the_card_says_it(tmp_path, monkeypatch):
     metrics = measure.measure_mini_flux(4, unrelated=2)
     assert {"vae_psnr_64", "vae_psnr_128", "check_64", "check_128", "same_scene", "edits"} <= metrics.keys()
     assert metrics["edits"]["success"] <= min(metrics["edits"]["done"], metrics["edits"]["untouched"])
+    assert metrics["reach"].keys() == {"check_64", "check_128", "edits"}
     log = [{"step": 1, "seconds": 60, "loss": 1.0}, {"step": 2, "seconds": 120, "loss": 0.5}]
     training.write_log(tmp_path / "mini-flux", training.Run("mini-flux"), log, parameters="tiny")
     (tmp_path / "mini-flux" / "metrics.json").write_text(json.dumps(metrics))

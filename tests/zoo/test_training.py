@@ -50,6 +50,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(runs):
     assert log[-1]["step"] == 12
 
 
+def test_the_log_averages_a_term_over_the_steps_that_have_it(runs):
+    def loss(network, step, x):
+        return square_loss(network, step, x) | ({"third": torch.tensor(float(step))} if step % 3 == 0 else {})
+
+    _, log = fit(network(), TinyRun(name="thirds"), loss, numbers)
+    assert log[-1]["third"] == (0 + 3 + 6 + 9) / 4
+
+
 def test_a_run_that_is_killed_while_it_writes_keeps_its_last_checkpoint(runs, monkeypatch):
     whole, _ = fit(network(), TinyRun(name="whole"), square_loss, numbers)
     fit(network(), TinyRun(name="killed"), square_loss, lambda first, device: numbers(first, device, last=5))
