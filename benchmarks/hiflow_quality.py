@@ -142,8 +142,8 @@ def budget(artist: Artist, rows: list[Row], num_prompts: int) -> str:
     """Evaluations of the network by size, and how long they take; a few are made to know."""
     steps = dict.fromkeys(artist.sizes, 0)
     for row in rows:
-        for size, number in artist.evaluations(row):
-            steps[size] += number
+        for size, whole, few in artist.evaluations(row):
+            steps[size] += whole + few
     steps[artist.sizes[0]] = rows[0].recipe.steps  # shared
     seconds = {size: artist.seconds_per_evaluation(rows[0].recipe, size) for size in steps}
     minutes = num_prompts * sum(number * seconds[size] for size, number in steps.items()) / 60
@@ -221,6 +221,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "device": torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else "cpu",
         "minutes": (time.perf_counter() - start) / 60,
         **versions,
+        "gflops": {str(size): {row.name: artist.gflops(row, size) for row in rows} for size in args.sizes[1:]},
         "results": {str(size): summary(seen, size) for size in args.sizes[1:]},
     }
     text = table(report)

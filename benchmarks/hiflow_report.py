@@ -53,16 +53,24 @@ def table(report: dict) -> str:
         f"{report['guidance_scale']}; in brackets the 95 % interval of the row less `{FULL}`, of a paired bootstrap "
         "over captions. Distances are to the captions' scenes, rendered; those of other rendered scenes are what a "
         "faultless model would have. Low band: correlation with the base picture in the band that is aligned; "
-        "wide band: in one as many times as wide as a latent has pixels.",
+        "wide band: in one as many times as wide as a latent has pixels. GFLOPs: of one branch of the network, at "
+        "this size, for one picture.",
     ]
     for size, rows in report["results"].items():
-        head = ["row", *(heading for heading, _, _ in COLUMNS.values())]
+        costs = {row: value for row, value in report["gflops"][size].items() if value is not None}
+        head = ["row", *(heading for heading, _, _ in COLUMNS.values()), *(["GFLOPs"] if costs else [])]
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines += [
-            "| " + " | ".join([row, *(_cell(name, values) for name in COLUMNS)]) + " |" for row, values in rows.items()
+            "| " + " | ".join([row, *(_cell(name, values) for name in COLUMNS), *_cost(costs, row)]) + " |"
+            for row, values in rows.items()
         ]
         parts += [f"## {size} px", "\n".join(lines)]
     return "\n\n".join(parts)
+
+
+def _cost(costs: dict[str, float], row: str) -> list[str]:
+    """Its cell, where the network's cost is counted at all; scenes that are rendered have none."""
+    return [f"{costs[row]:.2f}" if row in costs else ""] if costs else []
 
 
 def _cell(name: str, values: dict[str, dict]) -> str:

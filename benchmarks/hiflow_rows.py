@@ -9,11 +9,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from solver.samplers.calls import text_length
+from solver.samplers.cost import evaluation_flops, image_tokens, network_of
 from solver.samplers.hiflow import HiFlowResult, Recipe, hiflow, with_steps
 from solver.samplers.hiflow.alignment import enlarge
 from solver.samplers.hiflow.model_patches import takes_patches
 from solver.samplers.hiflow.noise import prediction_type
-from solver.samplers.hiflow.plan import PRESETS, plan_stages
+from solver.samplers.hiflow.plan import PRESETS, few_tokens, plan_stages
+from solver.samplers.latents import patch_size, vae_factor
 
 STOCK, DIRECT, BICUBIC, FULL = "stock", "direct", "bicubic", "full"
 
@@ -60,7 +62,7 @@ def variants(group: str, recipe: Recipe, pipe: DiffusionPipeline, sizes: Sequenc
     changed = {label: replace(recipe, **change) for label, change in GROUPS[group].items()}
     if group == "presets":
         changed = {name: with_steps(preset, recipe.steps) for name, preset in PRESETS.items()}
-    if group == "network" and not takes_patches(pipe):
+    if group in ("network", "edges") and not takes_patches(pipe):
         changed = {}
     if prediction_type(pipe.scheduler) != "flow":
         changed = {label: other for label, other in changed.items() if other.acceleration != "fixed-noise"}
@@ -86,6 +88,10 @@ GROUPS = {
         "plain attention": {"proportional_attention": False},
         "patches in place": {"shifted_patches": False},
     },
+    "edges": {
+        f"edges first, {ratio:.0%} in {share:.0%} of the steps": {"edges_first": (share, ratio)}
+        for share, ratio in ((0.5, 0.3), (0.5, 0.15), (0.75, 0.3), (1.0, 0.3))
+    },
 }
 
 
@@ -102,13 +108,29 @@ class Artist:
         self.pipe, self.sizes, self.guidance_scale = pipe, tuple(sizes), guidance_scale
         self.call = text_length(pipe)
 
-    def evaluations(self, row: Row) -> Iterator[tuple[int, int]]:
-        """(size, evaluations of the network) of each of the row's stages after the base, guidance included."""
+    def evaluations(self, row: Row) -> Iterator[tuple[int, int, int]]:
+        """(size, evaluations with all tokens, with few) of each of the row's stages after the base.
+
+        Guidance included.
+        """
         if row.alignment in ("none", STOCK):
-            yield from ((size, row.recipe.steps) for size in self.sizes[1:])
+            yield from ((size, row.recipe.steps, 0) for size in self.sizes[1:])
         elif row.alignment is not None:
             for stage in plan_stages(self.sizes, row.recipe, 1)[1:]:
-                yield stage.height, stage.steps
+                yield stage.height, stage.steps - stage.edge_steps, stage.edge_steps
+
+    def gflops(self, row: Row, size: int) -> float | None:
+        """Of one branch of the network at a size, for one picture; None of a UNet, whose cost is not counted here."""
+        if not takes_patches(self.pipe):
+            return None
+        pixels = vae_factor(self.pipe) * patch_size(self.pipe)
+        network = network_of(self.pipe.transformer, pixels, self.call.get("max_sequence_length"))
+        tokens, flops = image_tokens(network, size, size), 0.0
+        for at, whole, few in self.evaluations(row):
+            if at == size:
+                flops += whole * evaluation_flops(network, tokens)
+                flops += few and few * evaluation_flops(network, few_tokens(tokens, row.recipe.edges_first[1]))
+        return flops / 1e9
 
     def seconds_per_evaluation(self, recipe: Recipe, size: int, steps: int = 2, pictures: int = 2) -> float:
         """Of one picture, its share of the decoding included; the second of two small runs."""

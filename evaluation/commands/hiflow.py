@@ -37,6 +37,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--beta", type=float, nargs="+", help="strength of the acceleration alignment")
     parser.add_argument("--start", help="image or prediction: what is enlarged and noised")
     parser.add_argument("--acceleration", help="code, eq10 or fixed-noise: the rule")
+    parser.add_argument(
+        "--edges_first", type=float, nargs=2, metavar=("STEPS", "RATIO"),
+        help="experiment on FLUX: in this share of the last stage's steps, all tokens for this share of the picture",
+    )  # fmt: skip
     parser.add_argument("--alignment", default="full", help="none, init, init+direction or full")
     parser.add_argument("--explain", action="store_true", help="print the plan and stop")
     parser.add_argument("--family", default="flux", help="published model of --explain")
@@ -77,7 +81,8 @@ def _recipe(given: Namespace, few_steps: int | None):
     for name, values in tuples.items():
         if len(values) >= len(given.sizes):
             raise ValueError(f"--{name} {values}: expected at most {len(given.sizes) - 1}, one a larger stage.")
-    return with_changes(recipe, **tuples, start=given.start, acceleration=given.acceleration)
+    edges_first = tuple(given.edges_first) if given.edges_first else None
+    return with_changes(recipe, **tuples, start=given.start, acceleration=given.acceleration, edges_first=edges_first)
 
 
 def _guidance(given: Namespace) -> float | list[float] | None:

@@ -10,8 +10,11 @@ from tiny_flux import save_tiny_flux
 
 from benchmarks.hiflow_measures import MEANS, edge_sharpness, estimates, low_band_correlation, patches
 from benchmarks.hiflow_quality import captioned_scenes, main
+from benchmarks.hiflow_rows import FULL, Artist, main_rows, variants
 from data.prompts import read_prompts
 from data.scenes import render_batch
+from evaluation.rendering import load_pipeline
+from solver.samplers.hiflow import PRESETS, with_steps
 from solver.samplers.hiflow.alignment import enlarge
 
 MAIN_ROWS = ["stock", "direct", "bicubic", "A_i", "A_i + A_d", "full"]
@@ -89,6 +92,7 @@ def test_the_command_measures_every_row_and_goes_on_where_it_stopped(tmp_path, c
     arguments += ["--num_prompts", "4", "--batch_size", "2", "--steps", "2", "--patches", "1", "--sheet_rows", "3"]
     report = main([*arguments, "--also", "acceleration", "presets"])
     assert "Budget: 9 rows of 4 pictures" in capsys.readouterr().out
+    assert report["gflops"]["64"]["bicubic"] == 0 < report["gflops"]["64"]["full"] < report["gflops"]["64"]["direct"]
     rows = report["results"]["64"]
     assert list(rows) == [
         "rendered",
@@ -115,6 +119,17 @@ def test_the_command_measures_every_row_and_goes_on_where_it_stopped(tmp_path, c
     assert again["full"] == rows["full"] and "paper" not in again
     kept = {path: path.stat().st_mtime_ns for path in files if path.exists()}
     assert all(files[path] == kept[path] for path in kept if path != lost)
+
+
+def test_edges_first_costs_less_at_the_last_size_only(tmp_path):
+    pipe = load_pipeline(str(save_tiny_flux(tmp_path / "flux")), "float32", "cpu")
+    artist, recipe = Artist(pipe, (32, 64, 128), 1.0), with_steps(PRESETS["code"], 18)
+    full = next(row for row in main_rows(recipe) if row.name == FULL)
+    rows = variants("edges", recipe, pipe, artist.sizes)
+    assert len(rows) == 4
+    costs = [[artist.gflops(row, size) for size in (64, 128)] for row in (full, *rows)]
+    assert {small for small, _ in costs} == {costs[0][0]}
+    assert all(large < costs[0][1] for _, large in costs[1:]) and costs[4][1] < costs[3][1] < costs[1][1]
 
 
 def test_bad_input(tmp_path, capsys):

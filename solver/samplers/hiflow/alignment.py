@@ -17,6 +17,8 @@ Source: arXiv 2504.06232 and its public code. The paper leaves the sample of the
 here, takes the large image's own x_k.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -118,6 +120,15 @@ class Trajectory:
         if below is None or above is None:
             return self.entries[above if below is None else below]
         return torch.lerp(self.entries[below], self.entries[above], (s - below) / (above - below))
+
+    def row(self, i: int) -> "Trajectory":
+        """That of picture number i alone."""
+        return Trajectory({s: x_BCHW[i : i + 1] for s, x_BCHW in self.entries.items()})
+
+    @classmethod
+    def of_rows(cls, rows: Sequence["Trajectory"]) -> "Trajectory":
+        """The inverse of `row`."""
+        return cls({s: torch.cat([row.entries[s] for row in rows]) for s in rows[0].entries})
 
 
 class StageAlignment:

@@ -23,7 +23,7 @@ from solver.samplers.cost import NETWORKS, image_tokens, run_flops
 from solver.samplers.grids import QWEN_SHIFT, latent_diffusion_grid, own_grid, shifted
 from solver.samplers.hiflow.memory import GIB, activation_bytes, decoder_bytes
 from solver.samplers.hiflow.noise import check_rule
-from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, plan_stages, with_steps
+from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, few_tokens, plan_stages, with_steps
 
 BF16 = 2  # bytes
 
@@ -128,6 +128,7 @@ def _as_json(stage: Stage, model: Family, grid: torch.Tensor) -> dict:
         "text_copies": stage.text_copies[0] * stage.text_copies[1],
         "proportional_attention": stage.proportional_attention,
         "shifted_patches": stage.shifted_patches,
+        "edges_first": {"steps": stage.edge_steps, "ratio": stage.edge_ratio} if stage.edge_steps else None,
     }
 
 
@@ -141,11 +142,14 @@ def _stage_flops(model: Family, stage: Stage, condition: int) -> float:
     network = NETWORKS[model.network]
     tokens = image_tokens(network, stage.height, stage.width)
     rows, columns = stage.height // network.pixels, stage.width // network.pixels
-    shifted = (stage.steps + 1) // 2 if stage.shifted_patches else 0
+    whole = range(stage.edge_steps, stage.steps)
+    shifted = sum(step % 2 == 0 for step in whole) if stage.shifted_patches else 0
     evaluations = [
         ((rows + 1) * (columns + 1) + condition, shifted),
-        (tokens + condition, stage.steps - shifted),
+        (tokens + condition, len(whole) - shifted),
     ]
+    if stage.edge_steps:
+        evaluations.append((few_tokens(tokens, stage.edge_ratio) + condition, stage.edge_steps))
     text = network.text_tokens * stage.text_copies[0] * stage.text_copies[1]
     return run_flops(network, evaluations, text, branches=_branches(model, stage))
 

@@ -17,6 +17,7 @@ from numbers import Integral, Real
 
 from solver.samplers.cost import LARGEST_SIDE
 from solver.samplers.hiflow.alignment import ACCELERATION_RULES
+from solver.samplers.ralu.edges import number_of_fine
 
 ALIGNMENTS = ("none", "init", "init+direction", "full")  # the rows of the paper's ablation
 STARTS = ("image", "prediction")
@@ -44,6 +45,8 @@ class Recipe:
         proportional_attention: whether logits grow with the number of keys.
         text_copies: whether the text comes once a base-size tile of the image.
         shifted_patches: whether the patch grid moves at every other step.
+        edges_first: (share of the last stage's steps, share of the picture): in the first steps, only that much of the
+            picture, where the smaller one has edges, has all its tokens (`hiflow.edges_first`). None for all of it.
     """
 
     steps: int = 30
@@ -59,6 +62,7 @@ class Recipe:
     proportional_attention: bool = False
     text_copies: bool = False
     shifted_patches: bool = False
+    edges_first: tuple[float, float] | None = None
 
 
 PRESETS = {
@@ -100,6 +104,7 @@ class Stage:
         ntk_factor: of the rotary base.
         text_copies: (r_h, r_w).
         proportional_attention, shifted_patches: as in `Recipe`, off at the base.
+        edge_steps, edge_ratio: in how many of its first steps what share of its cells has all its tokens.
     """
 
     height: int
@@ -114,6 +119,8 @@ class Stage:
     text_copies: tuple[int, int] = (1, 1)
     proportional_attention: bool = False
     shifted_patches: bool = False
+    edge_steps: int = 0
+    edge_ratio: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -214,7 +221,29 @@ def plan_stages(
             **patches if model_patches and height * width > base[0] * base[1] else {},
         )
         stages.append(stage)
-    return [replace(stages[-1], first=0)] if alignment == "none" else stages
+    if alignment == "none":
+        return [replace(stages[-1], first=0)]
+    if recipe.edges_first and len(stages) > 1:
+        stages[-1] = _edges_first(stages[-1], *recipe.edges_first, multiple, model_patches)
+    return stages
+
+
+def _edges_first(stage: Stage, share: float, ratio: float, multiple: int, model_patches: bool) -> Stage:
+    """The last stage with few tokens in its first steps."""
+    if not model_patches:
+        raise ValueError("edges_first mixes the tokens of FLUX-type transformers; this model has others or none.")
+    if stage.height % (2 * multiple) or stage.width % (2 * multiple):
+        raise ValueError(
+            f"edges_first: {stage.height} x {stage.width} has to divide into cells of {2 * multiple} pixels."
+        )
+    number_of_fine(ratio, stage.height * stage.width // (2 * multiple) ** 2)  # raises where there is none
+    return replace(stage, edge_steps=max(1, round(share * stage.steps)), edge_ratio=ratio)
+
+
+def few_tokens(tokens: int, ratio: float) -> int:
+    """Of a picture of so many, where a share of its cells has four each and the others have one."""
+    cells = tokens // 4
+    return cells + 3 * number_of_fine(ratio, cells)
 
 
 def known_size(first: tuple[int, int], known: tuple[int, int] | None, multiple: int) -> tuple[int, int]:
@@ -323,6 +352,14 @@ def _check_recipe(recipe: Recipe) -> None:
         for value in getattr(recipe, name) or ():
             if not allowed(value):
                 raise ValueError(f"{name}={value}: expected a number {words}.")
+    shares = recipe.edges_first
+    if shares is not None and (
+        not isinstance(shares, tuple) or len(shares) != 2 or not (0 < shares[0] <= 1 and 0 < shares[1] < 1)
+    ):
+        raise ValueError(
+            f"edges_first={shares!r}: expected (share of the last stage's steps, up to 1; share of the picture, below "
+            "1), such as (0.5, 0.3)."
+        )
     for name, known in (("start", STARTS), ("acceleration", ACCELERATION_RULES)):
         if getattr(recipe, name) not in known:
             raise ValueError(f"{name}={getattr(recipe, name)!r}: expected one of {', '.join(map(repr, known))}.")

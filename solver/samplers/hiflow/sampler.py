@@ -11,9 +11,11 @@ quantised models work as they do without. What the recipes change inside FLUX is
 Source: arXiv 2504.06232; paper and public code disagree, `plan.PRESETS` has both.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ from solver.samplers.cascade import Segment, encoded_once, run_segment, set_grid
 from solver.samplers.digest import networks_digest, tensors_digest, weights_digest
 from solver.samplers.hiflow import model_patches
 from solver.samplers.hiflow.alignment import StageAlignment, Trajectory, enlarge, sharpen
+from solver.samplers.hiflow.edges_first import edge_cells, edges_first
 from solver.samplers.hiflow.memory import check_memory
 from solver.samplers.hiflow.noise import (
     check_rule,
@@ -52,6 +55,7 @@ from solver.samplers.latents import (
     seeded,
     vae_factor,
 )
+from solver.samplers.ralu.prompts import row_of
 
 OURS = (
     *("prompt", "latents", "height", "width", "num_inference_steps", "sigmas", "timesteps", "guidance_scale"),
@@ -151,6 +155,8 @@ def hiflow(
     first = as_size(sizes[0])
     base = known_size(first, known, vae_factor(pipe) * patch_size(pipe))
     _check_positions(pipe, stages[-1])
+    if stages[-1].edge_steps and pipe.components.get("controlnet") is not None:
+        raise ValueError("edges_first: a ControlNet sees all tokens at every step; leave one of the two out.")
     call, seeds = _picture_call(pipe, prompt, seed, call or {})
     if guidance_scale is not None:
         _check_guidance(pipe, call)
@@ -184,12 +190,14 @@ def _cascade(run: "_Run", stages: list[Stage], start: Tensor | None, smaller: Hi
         if i < rendered:  # its noise is drawn all the same, so that the next one is what it would be in a single call
             continue
         with tiled_where_needed(pipe, stage.height, stage.width):
+            clean, sample = None, noise
             if images:
                 clean, reference = run.enlarged(stage, images[-1], reference)
                 sample = noised(clean, noise.to(clean.device), run.levels[stage.first], run.kind)
+            if stage.edge_steps:
+                latents, reference, sigmas = run.walk_edges_first(stage, sample, reference, clean, images[-1])
             else:
-                sample = noise
-            latents, reference, sigmas = run.walk(stage, sample, reference)
+                latents, reference, sigmas = run.walk(stage, sample, reference)
             images.append(decode(pipe, latents))
             pipe.maybe_free_model_hooks()
         walked.append(sigmas)
@@ -230,8 +238,34 @@ class _Run:
             return enlarge(reference.at(self.levels[stage.first]), height, width), reference
         return encode(self.pipe, sharpen(enlarge(image, stage.height, stage.width))), reference
 
-    def walk(self, stage: Stage, sample: Tensor, reference: Trajectory | None):
-        """The stage's latents, its raw predictions, and the noise levels it saw."""
+    def walk_edges_first(self, stage: Stage, sample: Tensor, reference: Trajectory, clean: Tensor, smaller: Tensor):
+        """As `walk`, picture by picture, since each has other edges."""
+        pixels = vae_factor(self.pipe) * patch_size(self.pipe)
+        fine_Bhw = edge_cells(smaller, stage.height, stage.width, pixels, stage.edge_ratio)
+        walked = []
+        for i, fine_hw in enumerate(fine_Bhw):
+            alone = copy.copy(self)
+            alone.call, alone.seeds = row_of(self.call, i, len(fine_Bhw)), self.seeds[i : i + 1]
+            rows = slice(i, i + 1)
+            walked.append(alone.walk(stage, sample[rows], reference.row(i), (fine_hw, clean[rows])))
+        latents, predictions, sigmas = zip(*walked, strict=True)
+        return torch.cat(latents), Trajectory.of_rows(predictions), sigmas[0]
+
+    def walk(
+        self,
+        stage: Stage,
+        sample: Tensor,
+        reference: Trajectory | None,
+        edges: tuple[Tensor, Tensor] | None = None,
+    ):
+        """The stage's latents, its raw predictions, and the noise levels it saw.
+
+        Args:
+            stage: whose steps are walked.
+            sample: latents at its first noise level.
+            reference: predictions of the stage before.
+            edges: where the stage begins with few tokens, the fine cells and the clean latents that noise was put on.
+        """
         align = StageAlignment(
             reference,
             stage.ramp(stage.alpha),
@@ -240,28 +274,36 @@ class _Run:
             self.recipe.acceleration,
         )
         kind, seen = self.kind, []
+        fine_hw, anchor = edges or (None, None)
 
         def on_step(sample, s, s_next, model_output):
+            nonlocal anchor
             seen[:] = [*seen[: align.step], s, s_next]
             x = sample.float()
-            x0 = align(clean_image(x, model_output.float(), s, kind), s)
+            x0 = anchor = align(clean_image(x, model_output.float(), s, kind), s)
             return (sample, model_output_of(x, x0, s, kind)) if align.active else None
 
         solver = stage_solver(self.pipe, self.scheduler)
         if kind != "flow" and not hasattr(solver, "sigmas"):  # DDIM has none of its own
             solver.sigmas = torch.tensor(self.levels)
-        piece = (stage.first, stage.stop, stage.stop)
-        segment = Segment(self.grid, stage.height, stage.width, on_step, piece)
-        with _patches(self.pipe, stage, self.base, lambda: align.step % 2 == 0):
-            latents = run_segment(
-                self.pipe,
-                sample,
-                segment,
-                scheduler=solver,
-                **self._call(stage.height, stage.width, stage.guidance_scale),
-                **_control_of_stage(self.call, stage),
-            )
-        return latents.float(), align.predictions, seen
+
+        def here() -> tuple[Tensor, float]:
+            return anchor, self.levels[stage.first + align.step]
+
+        call = self._call(stage.height, stage.width, stage.guidance_scale) | _control_of_stage(self.call, stage)
+        cut = stage.first + (stage.edge_steps if edges else 0)
+        for first, stop in ((stage.first, cut), (cut, stage.stop)):
+            if first == stop:
+                continue
+            with ExitStack() as inside:
+                few = stop == cut
+                patched = replace(stage, shifted_patches=False) if few else stage
+                inside.enter_context(_patches(self.pipe, patched, self.base, lambda: align.step % 2 == 0))
+                if few:
+                    inside.enter_context(edges_first(denoiser(self.pipe), fine_hw, here))
+                segment = Segment(self.grid, stage.height, stage.width, on_step, (first, stop, stage.stop))
+                sample = run_segment(self.pipe, sample, segment, scheduler=solver, **call)
+        return sample.float(), align.predictions, seen
 
     def _call(self, height: int, width: int, guidance_scale: float | None = None) -> dict:
         """The pipeline's arguments at this size."""

@@ -291,19 +291,19 @@ def mixed_resolution(
     mixed = MixedTokens(fine_hw, copy, anchor, units)
     with ExitStack() as stack:
         for module, hook in FAMILIES[type(transformer).__name__](transformer, mixed):
-            stack.enter_context(_hooked(module, hook))
+            stack.enter_context(hooked(module, hook, HOOK))
         yield mixed
 
 
 @contextmanager
-def _hooked(module: nn.Module, hook: ModelHook) -> Iterator[None]:
+def hooked(module: nn.Module, hook: ModelHook, name: str) -> Iterator[None]:
     """Registers a hook, and afterwards takes away also what the registry leaves behind."""
     before = {name: module.__dict__[name] for name in ("forward", "_diffusers_hook") if name in module.__dict__}
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
     try:
         yield
     finally:
-        module._diffusers_hook.remove_hook(HOOK, recurse=False)
+        module._diffusers_hook.remove_hook(name, recurse=False)
         for name in ("forward", "_diffusers_hook"):
             if name not in before:
                 del module.__dict__[name]
