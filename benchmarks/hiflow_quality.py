@@ -142,8 +142,8 @@ def budget(artist: Artist, rows: list[Row], num_prompts: int) -> str:
     """Evaluations of the network by size, and how long they take; a few are made to know."""
     steps = dict.fromkeys(artist.sizes, 0)
     for row in rows:
-        for size, whole, few in artist.evaluations(row):
-            steps[size] += whole + few
+        for size, number in artist.evaluations(row):
+            steps[size] += number
     steps[artist.sizes[0]] = rows[0].recipe.steps  # shared
     seconds = {size: artist.seconds_per_evaluation(rows[0].recipe, size) for size in steps}
     minutes = num_prompts * sum(number * seconds[size] for size, number in steps.items()) / 60

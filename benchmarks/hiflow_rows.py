@@ -9,12 +9,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from solver.samplers.calls import text_length
-from solver.samplers.cost import evaluation_flops, image_tokens, network_of
+from solver.samplers.cost import network_of
 from solver.samplers.hiflow import HiFlowResult, Recipe, hiflow, with_steps
 from solver.samplers.hiflow.alignment import enlarge
+from solver.samplers.hiflow.explain import stage_flops
 from solver.samplers.hiflow.model_patches import takes_patches
 from solver.samplers.hiflow.noise import prediction_type
-from solver.samplers.hiflow.plan import PRESETS, few_tokens, plan_stages
+from solver.samplers.hiflow.plan import PRESETS, Stage, plan_stages
 from solver.samplers.latents import patch_size, vae_factor
 
 STOCK, DIRECT, BICUBIC, FULL = "stock", "direct", "bicubic", "full"
@@ -66,13 +67,22 @@ def variants(group: str, recipe: Recipe, pipe: DiffusionPipeline, sizes: Sequenc
         changed = {}
     if prediction_type(pipe.scheduler) != "flow":
         changed = {label: other for label, other in changed.items() if other.acceleration != "fixed-noise"}
-    own = _numbers(recipe, sizes)
-    return [Row(label, "full", other) for label, other in changed.items() if _numbers(other, sizes) != own]
+    rows, known = [], [_numbers(recipe, sizes, pipe)]
+    for label, other in changed.items():
+        if (numbers := _numbers(other, sizes, pipe)) not in known:
+            known.append(numbers)
+            rows.append(Row(label, "full", other))
+    return rows
 
 
-def _numbers(recipe: Recipe, sizes: Sequence[int]) -> tuple:
+def _numbers(recipe: Recipe, sizes: Sequence[int], pipe: DiffusionPipeline) -> tuple:
     """What of a recipe counts at these sizes."""
-    return plan_stages(sizes, recipe, 1), recipe.start, recipe.acceleration
+    return plan_stages(sizes, recipe, token_side(pipe)), recipe.start, recipe.acceleration
+
+
+def token_side(pipe: DiffusionPipeline) -> int:
+    """In pixels."""
+    return vae_factor(pipe) * patch_size(pipe)
 
 
 GROUPS = {
@@ -108,29 +118,26 @@ class Artist:
         self.pipe, self.sizes, self.guidance_scale = pipe, tuple(sizes), guidance_scale
         self.call = text_length(pipe)
 
-    def evaluations(self, row: Row) -> Iterator[tuple[int, int, int]]:
-        """(size, evaluations with all tokens, with few) of each of the row's stages after the base.
-
-        Guidance included.
-        """
+    def evaluations(self, row: Row) -> Iterator[tuple[int, int]]:
+        """(size, evaluations of the network) of each of the row's stages after the base, guidance included."""
         if row.alignment in ("none", STOCK):
-            yield from ((size, row.recipe.steps, 0) for size in self.sizes[1:])
+            yield from ((size, row.recipe.steps) for size in self.sizes[1:])
         elif row.alignment is not None:
             for stage in plan_stages(self.sizes, row.recipe, 1)[1:]:
-                yield stage.height, stage.steps - stage.edge_steps, stage.edge_steps
+                yield stage.height, stage.steps
 
     def gflops(self, row: Row, size: int) -> float | None:
         """Of one branch of the network at a size, for one picture; None of a UNet, whose cost is not counted here."""
         if not takes_patches(self.pipe):
             return None
-        pixels = vae_factor(self.pipe) * patch_size(self.pipe)
-        network = network_of(self.pipe.transformer, pixels, self.call.get("max_sequence_length"))
-        tokens, flops = image_tokens(network, size, size), 0.0
-        for at, whole, few in self.evaluations(row):
-            if at == size:
-                flops += whole * evaluation_flops(network, tokens)
-                flops += few and few * evaluation_flops(network, few_tokens(tokens, row.recipe.edges_first[1]))
-        return flops / 1e9
+        network = network_of(self.pipe.transformer, token_side(self.pipe), self.call.get("max_sequence_length"))
+        if row.alignment == STOCK:
+            return stage_flops(network, Stage(size, size, 0, row.recipe.steps, None)) / 1e9
+        if row.alignment is None:
+            return 0.0
+        sizes = (self.sizes[0], size) if row.alignment == "none" else self.sizes
+        stages = plan_stages(sizes, row.recipe, token_side(self.pipe), alignment=row.alignment)
+        return sum(stage_flops(network, stage) for stage in stages if stage.height == size) / 1e9
 
     def seconds_per_evaluation(self, recipe: Recipe, size: int, steps: int = 2, pictures: int = 2) -> float:
         """Of one picture, its share of the decoding included; the second of two small runs."""

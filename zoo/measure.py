@@ -213,7 +213,7 @@ def generate(pipeline, prompts: list[str], batch: int = 50) -> Iterator[tuple[in
 def measure_mini_flux(count: int = 500, unrelated: int = 200) -> dict:
     """Autoencoder, caption checks at both sizes, edits, and how alike the two sizes of one seed are.
 
-    `reach` is what the checks say of the true scenes after the autoencoder: no flow in its latents does better.
+    `reach` is what the checks say of the true scenes after the autoencoder: of a flow that drew them exactly.
     The small picture of a prompt starts from the pooled noise of its large one: means of 2 x 2 latents, times 2. An
     unrelated one has another seed. `same_scene` is the share of pixels that two pictures show of one class, over all
     pixels that show a solid in either.

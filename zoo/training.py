@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,6 @@ RUNS = ZOO.parent / "runs" / "zoo"
 ON_GPU = torch.cuda.is_available()
 BF16 = ON_GPU or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # elsewhere hundreds of times slower than float32
 FUSED_ATTENTION = ON_GPU or not BF16  # in bf16 on a CPU, the fused kernel is two to three times slower backwards
-ATTENTION = [*SDPBackend] if FUSED_ATTENTION else SDPBackend.MATH  # for `sdpa_kernel`
 
 
 @dataclass
@@ -148,8 +148,9 @@ def fit(
         scale = min((step + 1) / run.warmup_steps, 0.51 + 0.49 * math.cos(math.pi * progress))
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = run.learning_rate * scale
-        with accelerator.autocast(), sdpa_kernel(ATTENTION):
-            terms = loss(callable_network, step, batch)
+        with attention():
+            with accelerator.autocast():
+                terms = loss(callable_network, step, batch)
             accelerator.backward(terms["loss"])
         accelerator.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
@@ -173,6 +174,11 @@ def fit(
     _store(folder, run, accelerator, ema, step, log, spent + time.monotonic() - started)
     ema.copy_to(plain.parameters())
     return plain.eval(), log
+
+
+def attention() -> AbstractContextManager:
+    """Inside, attention is computed in the way that is quickest to train here, forwards and backwards."""
+    return nullcontext() if FUSED_ATTENTION else sdpa_kernel(SDPBackend.MATH)
 
 
 def make_optimizers(network: nn.Module, run: Run) -> list[torch.optim.Optimizer]:

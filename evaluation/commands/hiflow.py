@@ -39,7 +39,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--acceleration", help="code, eq10 or fixed-noise: the rule")
     parser.add_argument(
         "--edges_first", type=float, nargs=2, metavar=("STEPS", "RATIO"),
-        help="experiment on FLUX: in this share of the last stage's steps, all tokens for this share of the picture",
+        help="experiment on FLUX: in this share of the last stage's steps, its first, only this share of the picture "
+        "has all its tokens",
     )  # fmt: skip
     parser.add_argument("--alignment", default="full", help="none, init, init+direction or full")
     parser.add_argument("--explain", action="store_true", help="print the plan and stop")

@@ -58,6 +58,15 @@ def test_the_log_averages_a_term_over_the_steps_that_have_it(runs):
     assert log[-1]["third"] == (0 + 3 + 6 + 9) / 4
 
 
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_attention_has_its_gradients_either_way(is_fused, monkeypatch):
+    monkeypatch.setattr(training, "FUSED_ATTENTION", is_fused)
+    q = torch.randn(1, 1, 3, 4, requires_grad=True)
+    with training.attention():
+        F.scaled_dot_product_attention(q, q, q).sum().backward()
+    assert q.grad.isfinite().all()
+
+
 def test_a_run_that_is_killed_while_it_writes_keeps_its_last_checkpoint(runs, monkeypatch):
     whole, _ = fit(network(), TinyRun(name="whole"), square_loss, numbers)
     fit(network(), TinyRun(name="killed"), square_loss, lambda first, device: numbers(first, device, last=5))

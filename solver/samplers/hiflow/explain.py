@@ -5,7 +5,7 @@
 
 `report` is plain JSON:
 
-    {"stages": [{"size", "steps", "sigmas", "guidance_scale", "cutoff", "alpha", "beta"}, ...],   base first
+    {"stages": [{"size", "steps", "sigmas", "guidance_scale", "cutoff", "alpha", "beta", ...}, ...],   base first
      "tflops": {"per_stage": [...], "total"},      of the denoiser, every branch of guidance and attention counted
      "memory_gib"}                                 weights in bfloat16 and the hungriest stage, nothing offloaded
 
@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from solver.samplers.cost import NETWORKS, image_tokens, run_flops
+from solver.samplers.cost import NETWORKS, Network, image_tokens, run_flops
 from solver.samplers.grids import QWEN_SHIFT, latent_diffusion_grid, own_grid, shifted
 from solver.samplers.hiflow.memory import GIB, activation_bytes, decoder_bytes
 from solver.samplers.hiflow.noise import check_rule
@@ -104,7 +104,7 @@ def explain(
     base = sizes[0] if not isinstance(sizes[0], int) else (sizes[0], sizes[0])
     grid = model.sigmas(recipe.steps, image_tokens(network, *base))
     condition = model.condition // network.pixels**2
-    tflops = [_stage_flops(model, stage, condition) / 1e12 for stage in stages]
+    tflops = [stage_flops(network, stage, condition, _branches(model, stage)) / 1e12 for stage in stages]
     return {
         "family": family,
         "start": recipe.start,
@@ -138,8 +138,14 @@ def _branches(model: Family, stage: Stage) -> int:
     return 1 + (guidance > 1 and not model.distilled)
 
 
-def _stage_flops(model: Family, stage: Stage, condition: int) -> float:
-    network = NETWORKS[model.network]
+def stage_flops(network: Network, stage: Stage, condition: int = 0, branches: int = 1) -> float:
+    """Of the denoiser in a stage, with all that its changes inside the network cost.
+
+    Args:
+        network: its coefficients.
+        condition: tokens of an image to edit.
+        branches: evaluations a step.
+    """
     tokens = image_tokens(network, stage.height, stage.width)
     rows, columns = stage.height // network.pixels, stage.width // network.pixels
     whole = range(stage.edge_steps, stage.steps)
@@ -151,7 +157,7 @@ def _stage_flops(model: Family, stage: Stage, condition: int) -> float:
     if stage.edge_steps:
         evaluations.append((few_tokens(tokens, stage.edge_ratio) + condition, stage.edge_steps))
     text = network.text_tokens * stage.text_copies[0] * stage.text_copies[1]
-    return run_flops(network, evaluations, text, branches=_branches(model, stage))
+    return run_flops(network, evaluations, text, branches=branches)
 
 
 def _rows(model: Family, stage: Stage) -> int:
@@ -179,5 +185,7 @@ def as_table(report: dict) -> str:
             f"{size[0]:>5} x {size[1]:<3} {stage['steps']:>5} {span:>14} {stage['guidance_scale']:>8g} {cutoff:>6} "
             f"{stage['alpha']:>5g} {stage['beta']:>5g} {cost:>9,.0f}"
         )
+        if few := stage["edges_first"]:
+            rows.append(f"{'':>11} {few['steps']:>5} of these, with all tokens for {few['ratio']:.0%} of the picture")
     rows.append(f"total {report['tflops']['total']:,.0f} TFLOPs, about {report['memory_gib']:.0f} GiB in bfloat16")
     return "\n".join(rows)

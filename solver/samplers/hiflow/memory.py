@@ -79,7 +79,8 @@ def _stage_bytes(pipe: DiffusionPipeline, stage: Stage, batch: int, text: int = 
     else:
         width = network.config.num_attention_heads * network.config.attention_head_dim
         pixels = vae_factor(pipe) * patch_size(pipe)
-    rows = batch * (2 if _guided_in_one_batch(pipe) else 1)
+    at_once = 1 if stage.edge_steps else batch  # with few tokens first, pictures are walked one by one
+    rows = at_once * (2 if _guided_in_one_batch(pipe) else 1)
     image = (stage.height // pixels) * (stage.width // pixels)
     tokens = rows * (image + condition + text * stage.text_copies[0] * stage.text_copies[1])
     tiled = getattr(pipe.vae, "use_tiling", False)

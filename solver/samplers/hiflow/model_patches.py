@@ -80,7 +80,9 @@ def rope_base(pipe: DiffusionPipeline, factor: float) -> Iterator[None]:
 
 
 @contextmanager
-def attention_scale(transformer: nn.Module, tokens: int, base_tokens: int, text_copies: int = 1) -> Iterator[None]:
+def attention_scale(
+    transformer: nn.Module, tokens: int, base_tokens: int, text_copies: int = 1, present: int | None = None
+) -> Iterator[None]:
     """Inside, attention logits are √(ln L / ln L₀) times as large; 1 where the image has the base size.
 
     L counts all keys: the stage's image tokens, those of a condition image, the text with its copies. L₀ counts the
@@ -91,6 +93,7 @@ def attention_scale(transformer: nn.Module, tokens: int, base_tokens: int, text_
         tokens: image tokens of the stage.
         base_tokens: image tokens at the base size.
         text_copies: as `repeated_text` makes them.
+        present: image tokens that take part, where a hook inside the transformer's call leaves some out.
 
     Raises:
         ValueError: no attention layer has a query norm.
@@ -112,7 +115,8 @@ def attention_scale(transformer: nn.Module, tokens: int, base_tokens: int, text_
         image = given["hidden_states"].shape[1]
         text = given["encoder_hidden_states"].shape[1]
         extra = image - tokens  # of a condition image
-        factor = math.sqrt(math.log(tokens + extra + text * text_copies) / math.log(base_tokens + extra + text))
+        keys = (present or tokens) + extra + text * text_copies
+        factor = math.sqrt(math.log(keys) / math.log(base_tokens + extra + text))
         for norm in scaled:
             norm.factor = factor
 

@@ -45,8 +45,9 @@ class Recipe:
         proportional_attention: whether logits grow with the number of keys.
         text_copies: whether the text comes once a base-size tile of the image.
         shifted_patches: whether the patch grid moves at every other step.
-        edges_first: (share of the last stage's steps, share of the picture): in the first steps, only that much of the
-            picture, where the smaller one has edges, has all its tokens (`hiflow.edges_first`). None for all of it.
+        edges_first: (share of the last stage's steps, share of the picture): in so many of its first steps, only so
+            much of the picture, where the smaller one has edges, has all its tokens (`hiflow.edges_first`). None for
+            all of it.
     """
 
     steps: int = 30
@@ -221,11 +222,11 @@ def plan_stages(
             **patches if model_patches and height * width > base[0] * base[1] else {},
         )
         stages.append(stage)
-    if alignment == "none":
-        return [replace(stages[-1], first=0)]
-    if recipe.edges_first and len(stages) > 1:
+    if recipe.edges_first:
+        if alignment == "none" or len(stages) == 1:
+            raise ValueError("edges_first looks for edges in a smaller picture, and there is none.")
         stages[-1] = _edges_first(stages[-1], *recipe.edges_first, multiple, model_patches)
-    return stages
+    return [replace(stages[-1], first=0)] if alignment == "none" else stages
 
 
 def _edges_first(stage: Stage, share: float, ratio: float, multiple: int, model_patches: bool) -> Stage:
@@ -353,8 +354,12 @@ def _check_recipe(recipe: Recipe) -> None:
             if not allowed(value):
                 raise ValueError(f"{name}={value}: expected a number {words}.")
     shares = recipe.edges_first
-    if shares is not None and (
-        not isinstance(shares, tuple) or len(shares) != 2 or not (0 < shares[0] <= 1 and 0 < shares[1] < 1)
+    if shares is not None and not (
+        isinstance(shares, tuple)
+        and len(shares) == 2
+        and all(isinstance(share, Real) and not isinstance(share, bool) for share in shares)
+        and 0 < shares[0] <= 1
+        and 0 < shares[1] < 1
     ):
         raise ValueError(
             f"edges_first={shares!r}: expected (share of the last stage's steps, up to 1; share of the picture, below "

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, SchedulerMixin
 from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
@@ -43,7 +43,17 @@ from solver.samplers.hiflow.noise import (
     stage_solver,
 )
 from solver.samplers.hiflow.pixels import encode, tiled_where_needed
-from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, as_size, known_size, plan_stages, with_steps
+from solver.samplers.hiflow.plan import (
+    Recipe,
+    Size,
+    Stage,
+    as_recipe,
+    as_size,
+    few_tokens,
+    known_size,
+    plan_stages,
+    with_steps,
+)
 from solver.samplers.latents import (
     as_seeds,
     decode,
@@ -55,7 +65,7 @@ from solver.samplers.latents import (
     seeded,
     vae_factor,
 )
-from solver.samplers.ralu.prompts import row_of
+from solver.samplers.ralu.prompts import encoded, row_of
 
 OURS = (
     *("prompt", "latents", "height", "width", "num_inference_steps", "sigmas", "timesteps", "guidance_scale"),
@@ -155,8 +165,8 @@ def hiflow(
     first = as_size(sizes[0])
     base = known_size(first, known, vae_factor(pipe) * patch_size(pipe))
     _check_positions(pipe, stages[-1])
-    if stages[-1].edge_steps and pipe.components.get("controlnet") is not None:
-        raise ValueError("edges_first: a ControlNet sees all tokens at every step; leave one of the two out.")
+    if stages[-1].edge_steps:
+        _check_mixable(pipe)
     call, seeds = _picture_call(pipe, prompt, seed, call or {})
     if guidance_scale is not None:
         _check_guidance(pipe, call)
@@ -242,10 +252,10 @@ class _Run:
         """As `walk`, picture by picture, since each has other edges."""
         pixels = vae_factor(self.pipe) * patch_size(self.pipe)
         fine_Bhw = edge_cells(smaller, stage.height, stage.width, pixels, stage.edge_ratio)
-        walked = []
+        call, walked = encoded(self.pipe, self.call), []
         for i, fine_hw in enumerate(fine_Bhw):
             alone = copy.copy(self)
-            alone.call, alone.seeds = row_of(self.call, i, len(fine_Bhw)), self.seeds[i : i + 1]
+            alone.call, alone.seeds = row_of(call, i, len(fine_Bhw)), self.seeds[i : i + 1]
             rows = slice(i, i + 1)
             walked.append(alone.walk(stage, sample[rows], reference.row(i), (fine_hw, clean[rows])))
         latents, predictions, sigmas = zip(*walked, strict=True)
@@ -297,7 +307,7 @@ class _Run:
                 continue
             with ExitStack() as inside:
                 few = stop == cut
-                patched = replace(stage, shifted_patches=False) if few else stage
+                patched = replace(stage, shifted_patches=False) if few else replace(stage, edge_steps=0)
                 inside.enter_context(_patches(self.pipe, patched, self.base, lambda: align.step % 2 == 0))
                 if few:
                     inside.enter_context(edges_first(denoiser(self.pipe), fine_hw, here))
@@ -348,7 +358,8 @@ def _patches(pipe: DiffusionPipeline, stage: Stage, base: tuple[int, int], is_sh
                 stack.enter_context(model_patches.stretched_condition(network, rows * columns, scale))
                 if stage.proportional_attention:
                     tokens = (rows * columns, base_rows * base_columns)
-                    stack.enter_context(model_patches.attention_scale(network, *tokens, down * right))
+                    present = few_tokens(tokens[0], stage.edge_ratio) if stage.edge_steps else None
+                    stack.enter_context(model_patches.attention_scale(network, *tokens, down * right, present))
                 if down * right > 1:
                     tile = (base_rows, base_columns)
                     stack.enter_context(model_patches.repeated_text(network, stage.text_copies, tile))
@@ -380,6 +391,23 @@ def _check_pipeline(pipe: DiffusionPipeline) -> None:
         raise ValueError(
             f"{type(pipe).__name__} does not begin with noise that it is given; take the text-to-image pipeline of "
             "the same model, and image= for a picture to enlarge."
+        )
+
+
+def _check_mixable(pipe: DiffusionPipeline) -> None:
+    """Raises ValueError where the tokens of the picture cannot be mixed, or are not all that there is."""
+    if pipe.components.get("controlnet") is not None:
+        raise ValueError("edges_first: a ControlNet sees all tokens at every step; leave one of the two out.")
+    network = denoiser(pipe)
+    if type(network) is not FluxTransformer2DModel:
+        raise ValueError(
+            f"edges_first mixes tokens of a FluxTransformer2DModel and cannot see into a {type(network).__name__}. "
+            "A compiled one works with transformer.compile_repeated_blocks()."
+        )
+    if network.config.in_channels != latent_shape(pipe, *default_size(pipe))[0] * patch_size(pipe) ** 2:
+        raise ValueError(
+            f"edges_first: the tokens of {type(pipe).__name__} hold a control image beside the picture; leave "
+            "edges_first out."
         )
 
 
@@ -488,7 +516,7 @@ def _check_smaller(smaller: HiFlowResult, stages: list[Stage], made_by: dict[str
         sizes = [[f"{stage.height} x {stage.width}" for stage in plan] for plan in (done, stages)]
         raise ValueError(
             f"smaller has {', '.join(sizes[0])}, and {', '.join(sizes[1])} are to be rendered: it has to be the "
-            "beginning of that, with the same guidance and alignment."
+            "beginning of that, with the same guidance and alignment, and edges_first is of the last size alone."
         )
 
 

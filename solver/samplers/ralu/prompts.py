@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -78,8 +79,10 @@ def row_of(call: dict, i: int, rows: int) -> dict:
     """The arguments of one picture: a row of whatever has one a picture."""
 
     def row(name, value):
+        if name.endswith("ip_adapter_image_embeds") and value is not None:  # a tensor an adapter
+            return [one[i : i + 1] if len(one) == rows else one for one in value]
         batched = "prompt" in name or name == "image"
-        if batched and isinstance(value, Tensor | list | tuple) and len(value) == rows:
+        if batched and isinstance(value, Tensor | np.ndarray | list | tuple) and len(value) == rows:
             return value[i : i + 1]
         return value
 

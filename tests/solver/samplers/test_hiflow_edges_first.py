@@ -134,18 +134,38 @@ def test_a_cascade_with_few_tokens_first(flux, start):
 def test_the_plan_counts_few_tokens():
     stages = plan_stages((1024, 2048, 4096), replace(PRESETS["code"], edges_first=(0.5, 0.3)), 16)
     assert [(stage.edge_steps, stage.edge_ratio) for stage in stages] == [(0, 0.0), (0, 0.0), (5, 0.3)]
-    alone = plan_stages((1024, 2048), replace(PRESETS["code"], edges_first=(0.5, 0.3)), 16, alignment="none")
-    assert alone[0].edge_steps == 0
+    for given in ({"alignment": "none"}, {"sizes": (1024,)}):
+        with pytest.raises(ValueError, match="a smaller picture, and there is none"):
+            plan_stages(**{"sizes": (1024, 2048), "recipe": FEW, "multiple": 16, **given})
     plain = explain("flux", (1024, 2048, 4096))["tflops"]["per_stage"]
     few = explain("flux", (1024, 2048, 4096), replace(PRESETS["code"], edges_first=(0.5, 0.3)))
     assert few["tflops"]["per_stage"][:2] == plain[:2] and few["tflops"]["per_stage"][2] < 0.7 * plain[2]
     assert few["stages"][2]["edges_first"] == {"steps": 5, "ratio": 0.3}
 
 
-@pytest.mark.parametrize("shares", [(0, 0.3), (0.5, 1), (0.5,), 0.5, (1.5, 0.3), (0.5, float("nan"))])
-def test_shares_out_of_range(shares):
+SHARES = [(0, 0.3), (0.5, 1), (0.5,), 0.5, (1.5, 0.3), (0.5, float("nan")), ("0.5", 0.3), (None, 0.3), (True, 0.3)]
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_shares_that_are_none(shares):
     with pytest.raises(ValueError, match=r"edges_first=.*expected .share of the last stage's steps"):
         plan_stages((32, 64), replace(CODE, edges_first=shares), 4)
+
+
+def test_a_pipeline_that_cannot_be_mixed_is_told_before_the_first_step(flux):
+    pipe, call = flux
+
+    class Other(type(pipe.transformer)):
+        pass
+
+    pipe.transformer.__class__ = Other
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the network was evaluated"))
+    with pytest.raises(ValueError, match="cannot see into a Other"):
+        hiflow(pipe, None, [7, 8], (32, 64), FEW, call=call)
+    pipe.transformer.__class__ = Other.__base__
+    pipe.transformer.register_to_config(in_channels=32)  # as of FluxControlPipeline
+    with pytest.raises(ValueError, match="hold a control image beside the picture"):
+        hiflow(pipe, None, [7, 8], (32, 64), FEW, call=call)
 
 
 def test_what_cannot_be_mixed():

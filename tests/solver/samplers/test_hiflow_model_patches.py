@@ -117,6 +117,9 @@ def test_attention_scale_is_that_of_flux_at_2k_and_4k():
         with attention_scale(network, tokens, 4096):
             got = network(hidden_states=torch.empty(1, tokens, 0), encoder_hidden_states=text)
         assert got.item() == pytest.approx(expected, abs=1e-3)
+    with attention_scale(network, 65536, 4096, present=16384):  # the others are taken away further inside
+        got = network(hidden_states=torch.empty(1, 65536, 0), encoder_hidden_states=text)
+    assert got.item() == pytest.approx(1.0745, abs=1e-3)
     with pytest.raises(ValueError, match="proportional_attention"), attention_scale(torch.nn.Identity(), 4, 2):
         pass
 
