@@ -120,6 +120,11 @@ def parse(text: str) -> Caption:
     return Caption(text, tuple(phrases), relation, background)
 
 
+def shape_of_word(word: str) -> str | None:
+    """The shape that a noun names, in singular or plural; None of any other word."""
+    return _SHAPE_OF.get(word)
+
+
 def vocabulary() -> list[str]:
     """Every word that a caption can hold, sorted."""
     words = set(_SHAPE_OF) | set(_NUMBERS) | set(COLOURS) | _ADJECTIVES | {"an"}

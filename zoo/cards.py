@@ -38,8 +38,12 @@ ABOUT = {
         "to it. From step 2,650 of the first run on `--large_share 0.6 --edit_share 0.25` replaced the shares of the "
         "command below. The second run: `--start zoo/mini-flux --name mini-flux-2 --minutes 101 --batch_size 96 "
         "--large_share 0.45 --edit_share 0.35 --large_from 0 --edit_from 0 --muon true --warmup_steps 20` and the "
-        "same pools. Its autoencoder had been trained for 15 minutes before, and its decoder alone for 22 minutes of "
-        "one thread beside the second run.",
+        "same pools. The third: `--start zoo/mini-flux --name mini-flux-3 --minutes 96 --steps 10000 --batch_size 96 "
+        "--large_share 0.3 --large_from 0.25 --edit_share 0.25 --edit_from 0.15 --align_weight 0.2 --phrase_weight "
+        "0 --muon true --compile true --warmup_steps 20 --pool 60000 --large_pool 8000 --edit_pool 20000`, on cores "
+        "that multiply in bfloat16. The fourth: `--name mini-flux-4 --minutes 25 --large_share 0.2 --large_from 0 "
+        "--edit_from 0 --phrase_weight 0.2 --learning_rate 7e-4`, the rest as the third. Its autoencoder had been "
+        "trained for 15 minutes before, and its decoder alone for 22 minutes of one thread beside the second run.",
         "FluxPipeline.from_pretrained('zoo/mini-flux')",
         "zoo/train_mini_flux.py --minutes 104 --steps 5000 --pool 16000 --large_pool 3000 --edit_pool 5000",
     ),

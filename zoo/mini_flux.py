@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from data.scenes import NUM_CLASSES, edit_vocabulary, vocabulary
+from zoo.phrases import VALUES
 from zoo.training import FUSED_ATTENTION, save_pipeline
 
 WORDS = 32  # tokens of a prompt, for both text encoders
@@ -133,7 +134,8 @@ class Denoiser(nn.Module):
 
     A hidden layer in the middle also tells what every image token shows, class by class, which speeds up learning as
     alignment with the features of another network does (arXiv 2410.06940); zoo/dino hardly tells shapes, and the world
-    knows its own. The head that reads it is dropped after training.
+    knows its own. Likewise the text encoder tells, at every noun, what is said of it (`zoo.phrases`): from the flow
+    alone it hardly learns which colour belongs to which noun. The heads that read them are dropped after training.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.transformer, self.text_encoder, self.text_encoder_2 = transformer, text_encoder, text_encoder_2
         self.classify = nn.Linear(transformer.inner_dim, NUM_CLASSES)
+        self.describe = nn.Linear(text_encoder_2.config.d_model, sum(VALUES))
         blocks = transformer.single_transformer_blocks
         blocks[(len(blocks) - 1) // 2].register_forward_hook(self._keep_middle)
         self._middle = None
@@ -151,8 +154,8 @@ class Denoiser(nn.Module):
 
     def forward(
         self, x_BCHW: Tensor, sigma_B: Tensor, words: Words, source_BCHW: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Velocity (B, C, H, W), and logits (B, N, classes) of what the image tokens show.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Velocity (B, C, H, W), logits (B, N, classes) of what the image tokens show, and (B, L, values) of words.
 
         Args:
             x_BCHW: (1 - σ) x_0 + σ ε.
@@ -166,9 +169,10 @@ class Denoiser(nn.Module):
         if source_BCHW is not None:
             tokens_BND = torch.cat([tokens_BND, pack(source_BCHW)], dim=1)
             ids_N3 = torch.cat([ids_N3, position_ids(source_BCHW, reference=1)])
+        text_BLD = self.text_encoder_2(words.t5)[0]
         v_BND = self.transformer(
             hidden_states=tokens_BND,
-            encoder_hidden_states=self.text_encoder_2(words.t5)[0],
+            encoder_hidden_states=text_BLD,
             pooled_projections=self.text_encoder(words.clip).pooler_output,
             timestep=sigma_B,
             img_ids=ids_N3,
@@ -177,7 +181,7 @@ class Denoiser(nn.Module):
         )[0][:, :count]
         logits = self.classify(self._middle[:, :count])
         self._middle = None
-        return unpack(v_BND, height, width).float(), logits.float()
+        return unpack(v_BND, height, width).float(), logits.float(), self.describe(text_BLD).float()
 
 
 def pack(x_BCHW: Tensor) -> Tensor:

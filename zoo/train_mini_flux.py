@@ -8,6 +8,9 @@ FluxKontextPipeline.
         --minutes 7                                       # GPU; expect a minute or two before it, for the pool
     accelerate launch zoo/train_mini_flux.py --start zoo/mini-flux --name mini-flux-2 --warmup_steps 20 ...
 
+On a CPU that multiplies in bfloat16, `--compile true` makes a step about 1.5 times as fast, after a minute for each of
+the four kinds of steps.
+
 The landed weights began as those of the first, 3,742 steps on a busy machine; from step 2,650 on with --large_share
 0.6 --edit_share 0.25, since its schedule left too little time for 128 px. The third goes on from landed weights, in a
 sitting of its own, as they did; their card says how. Needs the results of `zoo/train_mini_flux_vae.py` and
@@ -55,6 +58,7 @@ from zoo.mini_flux import (
     open_tokenizers,
     tokens_of,
 )
+from zoo.phrases import Phrases
 from zoo.training import BF16, ON_GPU, RUNS, ZOO, Run, drawn, fit, parameter_count, seed_of, write_log
 
 
@@ -67,6 +71,7 @@ class MiniFluxRun(Run):
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
     align_weight: float = field(default=0.1, metadata={"help": "of telling classes from a layer in the middle"})
+    phrase_weight: float = field(default=0.1, metadata={"help": "of telling what is said of a noun from its token"})
     # Networks, where there is no start
     width: int = 160
     joint_layers: int = 1
@@ -222,18 +227,24 @@ def draw_batch(pool: dict[str, Tensor], run: MiniFluxRun, kind: Kind, empty: Wor
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def flow_loss(denoiser: nn.Module, batch: Batch, run: MiniFluxRun, step: int, scheduler) -> dict[str, Tensor]:
-    """Squared error of the velocity ε - x_0 at random noise levels, and cross-entropy of the classes in the middle."""
+def flow_loss(
+    denoiser: nn.Module, batch: Batch, run: MiniFluxRun, step: int, scheduler, phrases: Phrases
+) -> dict[str, Tensor]:
+    """Squared error of the velocity ε - x_0 at random noise levels; cross-entropy of the classes in the middle, and of
+    what the words say of each noun.
+    """
     x0 = batch.latents
     sigma_B = noise_levels(len(x0), tokens_of(4 * x0.shape[-1]), scheduler, drawn(run, "levels", step)).to(x0.device)
     noises = torch.Generator(x0.device).manual_seed(seed_of(run, "noise", step))
     noise = torch.randn(x0.shape, generator=noises, device=x0.device)
     s = sigma_B[:, None, None, None]
-    velocity, logits_BNK = denoiser((1 - s) * x0 + s * noise, sigma_B, batch.words, batch.source)
+    velocity, logits_BNK, logits_BLV = denoiser((1 - s) * x0 + s * noise, sigma_B, batch.words, batch.source)
     mse = F.mse_loss(velocity, noise - x0)
     told = F.cross_entropy(logits_BNK.flatten(0, 1), batch.classes.flatten())
+    bound = phrases.loss(logits_BLV, batch.words.t5)
     own = f"{4 * x0.shape[-1]} px" + (", edits" if batch.source is not None else "")
-    terms = {"loss": mse + run.align_weight * told, "mse": mse, "classes": told}
+    loss = mse + run.align_weight * told + run.phrase_weight * bound
+    terms = {"loss": loss, "mse": mse, "classes": told, "phrases": bound}
     return terms | {f"mse, {own}": mse, f"classes, {own}": told}
 
 
@@ -250,10 +261,10 @@ def main() -> None:
     else:
         denoiser = build_networks(ZOO / "clip", tokenizers, run.width, run.joint_layers, run.single_layers)
     pool = make_pool(run, vae, tokenizers)
-    scheduler = build_scheduler()
+    scheduler, phrases = build_scheduler(), Phrases(tokenizers.t5)
 
     def loss(denoiser: nn.Module, step: int, batch: Batch) -> dict[str, Tensor]:
-        return flow_loss(denoiser, batch, run, step, scheduler)
+        return flow_loss(denoiser, batch, run, step, scheduler, phrases)
 
     def batches(first: int, device: torch.device) -> Iterator[Batch]:
         return pool_batches(pool, run, tokenizers, first, device)

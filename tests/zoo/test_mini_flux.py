@@ -24,6 +24,7 @@ from zoo.mini_flux import (
     open_networks,
     tokens_of,
 )
+from zoo.phrases import VALUES, Phrases
 from zoo.train_mini_flux import Kind, MiniFluxRun, draw_batch, encode, flow_loss, kind_of, make_pool, pool_batches
 from zoo.train_mini_flux_vae import VaeRun, batch_pictures, build_vae
 from zoo.training import is_block_layer
@@ -75,11 +76,11 @@ def test_training_evaluates_the_transformer_as_the_pipelines_do(folder, size, ed
     pipe.transformer.register_forward_hook(lambda module, args, output: answers.append(output[0]))
     pipe(**call, latents=pipe._pack_latents(noise, *noise.shape), output_type="latent")
     with torch.no_grad():
-        velocity, classes = denoiser(noise, torch.ones(2), tokenizers(prompts), source)
+        velocity, classes, said = denoiser(noise, torch.ones(2), tokenizers(prompts), source)
     tokens = tokens_of(size)
     expected = pipe._unpack_latents(answers[0][:, :tokens], size, size, pipe.vae_scale_factor)
     assert text_length(pipe) == {"max_sequence_length": WORDS}
-    assert velocity.std() > 0.01 and classes.shape == (2, tokens, 49)
+    assert velocity.std() > 0.01 and classes.shape == (2, tokens, 49) and said.shape == (2, WORDS, sum(VALUES))
     torch.testing.assert_close(velocity, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -157,12 +158,13 @@ def test_an_untrained_network_says_zero_and_learns(pool, networks):
     """At zero output the error is E|ε - x_0|² = 1 + E|x_0|²."""
     tokenizers = networks[2]
     run = MiniFluxRun(**RUN, steps=24, caption_dropout=0.0, large_share=0.0, edit_share=0.0)
+    phrases = Phrases(tokenizers.t5)
     torch.manual_seed(0)
     denoiser = build_networks(CLIP, tokenizers, 32, 1, 1)
     optimizer = torch.optim.Adam(denoiser.parameters(), 3e-3)
     losses = []
     for step, batch in enumerate(pool_batches(pool, run, tokenizers, 0, torch.device("cpu"))):
-        terms = flow_loss(denoiser, batch, run, step, build_scheduler())
+        terms = flow_loss(denoiser, batch, run, step, build_scheduler(), phrases)
         if step == 0:
             expected = 1 + batch.latents.square().mean()
             assert terms["mse"].item() == pytest.approx(expected.item(), rel=0.05)
@@ -178,7 +180,7 @@ def test_every_network_is_trained(pool, networks):
     denoiser, _, tokenizers = networks
     run = MiniFluxRun(**RUN)
     batch = draw_batch(pool, run, Kind(SMALL, True), tokenizers([""]), torch.Generator().manual_seed(0))
-    terms = flow_loss(denoiser, batch, run, 0, build_scheduler())
+    terms = flow_loss(denoiser, batch, run, 0, build_scheduler(), Phrases(tokenizers.t5))
     assert terms["mse, 64 px, edits"] is terms["mse"]
     terms["loss"].backward()
     for part in (denoiser.transformer, denoiser.text_encoder, denoiser.text_encoder_2):
