@@ -39,6 +39,8 @@ ON_GPU = torch.cuda.is_available()
 BF16 = ON_GPU or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # elsewhere hundreds of times slower than float32
 FUSED_ATTENTION = ON_GPU or not BF16  # in bf16 on a CPU, the fused kernel is two to three times slower backwards
 
+POSITION_RATE = 30
+
 
 @dataclass
 class Run:
@@ -147,7 +149,8 @@ def fit(
             break
         scale = min((step + 1) / run.warmup_steps, 0.51 + 0.49 * math.cos(math.pi * progress))
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = run.learning_rate * scale
+            for group in optimizer.param_groups:
+                group["lr"] = run.learning_rate * scale * group.get("factor", 1)
         with attention():
             with accelerator.autocast():
                 terms = loss(callable_network, step, batch)
@@ -182,12 +185,19 @@ def attention() -> AbstractContextManager:
 
 
 def make_optimizers(network: nn.Module, run: Run) -> list[torch.optim.Optimizer]:
-    """AdamW; with `run.muon`, Muon for the layers of numbered blocks and AdamW for the rest, at one learning rate."""
+    """AdamW; with `run.muon`, Muon for the layers of numbered blocks and AdamW for the rest, at one learning rate.
+
+    Relative position biases, which are logits, have `POSITION_RATE` times that: from it alone they hardly move, and
+    zoo/mini-flux's T5 does not come to know neighbours. On its task of phrases, 300 steps: 0.33 without, 0.05 with it.
+    """
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     layers = [p for name, p in named if run.muon and is_block_layer(name, p)]
     chosen = {id(p) for p in layers}
-    others = [p for _, p in named if id(p) not in chosen]
-    adamw = torch.optim.AdamW(others, run.learning_rate, betas=(0.9, 0.99), weight_decay=run.weight_decay)
+    biases = [p for name, p in named if "relative_attention_bias" in name]
+    chosen |= {id(p) for p in biases}
+    groups = [{"params": [p for _, p in named if id(p) not in chosen]}]
+    groups += [{"params": biases, "factor": POSITION_RATE}] if biases else []
+    adamw = torch.optim.AdamW(groups, run.learning_rate, betas=(0.9, 0.99), weight_decay=run.weight_decay)
     return [adamw, Muon(layers, run.learning_rate, weight_decay=run.weight_decay)] if layers else [adamw]
 
 

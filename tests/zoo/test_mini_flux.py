@@ -194,8 +194,10 @@ def test_muon_gets_the_layers_of_the_blocks(networks):
     chosen = {names[id(p)] for p in muon.param_groups[0]["params"]}
     assert "transformer.single_transformer_blocks.0.attn.to_q.weight" in chosen
     assert "text_encoder_2.encoder.block.1.layer.0.SelfAttention.k.weight" in chosen
-    rest = {names[id(p)] for p in adamw.param_groups[0]["params"]}
+    rest, positions = ({names[id(p)] for p in group["params"]} for group in adamw.param_groups)
     assert {"transformer.x_embedder.weight", "classify.weight"} <= rest
+    assert {name.split(".")[-2] for name in positions} == {"relative_attention_bias"} and not rest & positions
+    rest |= positions
     assert not chosen & rest and chosen | rest == set(names.values())
     assert not any("norm" in name or "embed" in name for name in chosen)
     assert not is_block_layer("blocks.0.attn.to_q.bias", nn.Parameter(torch.zeros(3)))

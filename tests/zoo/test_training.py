@@ -58,6 +58,23 @@ def test_the_log_averages_a_term_over_the_steps_that_have_it(runs):
     assert log[-1]["third"] == (0 + 3 + 6 + 9) / 4
 
 
+def test_relative_positions_have_a_rate_of_their_own(runs, monkeypatch):
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relative_attention_bias, self.other = nn.Embedding(1, 1), nn.Embedding(1, 1)
+
+        def forward(self, x):
+            return x.sum() * (self.relative_attention_bias.weight + self.other.weight).sum()
+
+    moved = Shifted()
+    before = [p.detach().clone() for p in moved.parameters()]
+    run = TinyRun(name="positions", steps=1, warmup_steps=1, learning_rate=1e-3, weight_decay=0.0, ema_decay=0.0)
+    fit(moved, run, lambda network, step, x: {"loss": network(x)}, lambda first, device: numbers(first, device, 1))
+    far, near = (float((p - old).abs()) for p, old in zip(moved.parameters(), before, strict=True))
+    assert far == pytest.approx(training.POSITION_RATE * near, rel=1e-3) and near > 1e-4
+
+
 @pytest.mark.parametrize("is_fused", [True, False])
 def test_attention_has_its_gradients_either_way(is_fused, monkeypatch):
     monkeypatch.setattr(training, "FUSED_ATTENTION", is_fused)
