@@ -42,7 +42,8 @@ ABOUT = {
         "--large_share 0.3 --large_from 0.25 --edit_share 0.25 --edit_from 0.15 --align_weight 0.2 --phrase_weight "
         "0 --muon true --compile true --warmup_steps 20 --pool 60000 --large_pool 8000 --edit_pool 20000`, on cores "
         "that multiply in bfloat16. The fourth: `--name mini-flux-4 --minutes 25 --large_share 0.2 --large_from 0 "
-        "--edit_from 0 --phrase_weight 0.2 --learning_rate 7e-4`, the rest as the third. Its autoencoder had been "
+        "--edit_from 0 --phrase_weight 0.2 --learning_rate 7e-4`, the rest as the third, before relative positions "
+        "had a rate of their own; its logged loss holds that of the phrases, so it jumps. The autoencoder had been "
         "trained for 15 minutes before, and its decoder alone for 22 minutes of one thread beside the second run.",
         "FluxPipeline.from_pretrained('zoo/mini-flux')",
         "zoo/train_mini_flux.py --minutes 104 --steps 5000 --pool 16000 --large_pool 3000 --edit_pool 5000",

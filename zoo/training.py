@@ -38,8 +38,7 @@ RUNS = ZOO.parent / "runs" / "zoo"
 ON_GPU = torch.cuda.is_available()
 BF16 = ON_GPU or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # elsewhere hundreds of times slower than float32
 FUSED_ATTENTION = ON_GPU or not BF16  # in bf16 on a CPU, the fused kernel is two to three times slower backwards
-
-POSITION_RATE = 30
+POSITION_RATE = 30  # of relative position biases, in learning rates
 
 
 @dataclass

@@ -15,8 +15,8 @@ which at the first step has exactly the noise that the network expects, and what
 a whole: X = A + Y - Ā. The velocity that the solver gets is (x - X) / s.
 
 Later, ε is the noise as seen from A, no longer the one that was drawn: what the picture has become since the start
-counts in it, and is shown too weak. With the drawn noise instead, zoo/mini-flux was further from the picture with all
-tokens, by 0.7 to 1.3 dB, so the damping stays.
+counts in it, and is shown too weak. With the drawn noise instead, earlier weights of zoo/mini-flux were further from
+the pictures with all tokens, by 0.7 to 1.3 dB on a few prompts, so the damping stays.
 """
 
 from collections.abc import Callable, Iterator
