@@ -123,6 +123,7 @@ def _history_tab(parts: Parts) -> None:
 
 
 def _run_and_stop(part: dict, label: str) -> None:
+    part["asked"] = gr.Textbox(label="asked", visible="hidden")  # a run begins where it changes
     with gr.Row():
         part["run"] = gr.Button(label, variant="primary", scale=4)
         part["stop"] = gr.Button("Stop", variant="stop", scale=1, min_width=80)

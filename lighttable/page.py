@@ -6,6 +6,7 @@ numbers, or files that a visit wrote under `output`; what a visitor typed reache
 
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from lighttable.visit import Kept, Visit
 log = logging.getLogger(__name__)
 PROGRESS = gr.Progress()  # as a default argument, it asks gradio for the event's own
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+ON_DEVICE = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
 STOPPED = "Stopped. What was finished is in the history."
 MORE = ("negative_prompt", "guidance_scale", "full_steps", "height", "width")  # fields that may be folded away
 KEPT_SECONDS = 24 * 3600  # of gradio's copies of pictures
@@ -33,7 +35,7 @@ def build(table: LightTable, output: Path) -> gr.Blocks:
     """The page of a light table whose visits write under `output`."""
     with gr.Blocks(title="Light table", analytics_enabled=False, delete_cache=(3600, KEPT_SECONDS)) as page:
         parts = lay_out(table, forget=lambda visit: visit and visit.end())
-        _wire(page, parts, Events(table, output, parts))
+        _wire(page, parts, Events(table, output, parts, page))
     return page
 
 
@@ -63,10 +65,11 @@ class Events:
         table: the light table, one for all visitors.
         output: folder of the visits.
         parts: the components, which are the keys of what is answered.
+        page: whose queue they wait in.
     """
 
-    def __init__(self, table: LightTable, output: Path, parts: Parts):
-        self.table, self.output, self.parts = table, output, parts
+    def __init__(self, table: LightTable, output: Path, parts: Parts, page: gr.Blocks):
+        self.table, self.output, self.parts, self.page = table, output, parts, page
         self.visits: dict[str, Visit] = {}  # of pages that are open, by gradio's name of the session
 
     # Coming and going
@@ -117,6 +120,37 @@ class Events:
             return ""
         return wording.said(wording.costs(self.table.estimate_refinements(recipes)))
 
+    # What is wrong is said at once; what is right waits for the device
+
+    def ask_for_sheet(self, given: dict) -> dict:
+        return self._asked(self.parts.sheet, given, lambda: recipes(self._form(given), self.table))
+
+    def ask_to_refine(self, given: dict) -> dict:
+        return self._asked(self.parts.refine, given, lambda: self._picked(given))
+
+    def ask_to_compare(self, given: dict) -> dict:
+        methods = given[self.parts.compare["methods"]]
+        return self._asked(self.parts.compare, given, lambda: compared(self._form(given), methods, self.table))
+
+    def _asked(self, part: dict, given: dict, check: Callable) -> dict:
+        """A new name for the run that is asked for, at which it joins the queue; or why it cannot be."""
+        try:
+            self._visit(given)
+            check()
+            self._check_queue()
+        except FormError as error:
+            return self._messages(error) | {part["status"]: ""}
+        except ValueError as error:
+            return self._messages() | {part["status"]: wording.wrong(str(error))}
+        return self._messages() | {part["status"]: "", part["asked"]: secrets.token_hex(8)}
+
+    def _check_queue(self) -> None:
+        """Raises ValueError if it is full: gradio would say so in a corner of the page, for a few seconds."""
+        queue = self.page._queue  # gradio has no public name for it
+        if queue.max_size is not None and len(queue) >= queue.max_size:
+            waiting = wording.count(queue.max_size, "run")
+            raise ValueError(f"The queue for the device is full ({waiting}); please try again in a while.")
+
     # Runs
 
     def make_sheet(self, given: dict, progress=PROGRESS) -> Iterator[dict]:
@@ -146,7 +180,7 @@ class Events:
 
     def _refine(self, given: dict, progress: gr.Progress) -> Iterator[dict]:
         refine, visit = self.parts.refine, self._visit(given)
-        numbers = picks(given[self.parts.sheet["picks"]], names(visit.sheet))
+        numbers = self._picked(given)
         estimate = self.table.estimate([kept.recipe for kept in visit.sheet])
         for pairs in runs.refinements(self.table, visit, numbers, visit.begin(), told(progress, len(numbers))):
             refined = [pair.full.evaluations for pair in pairs]
@@ -230,6 +264,9 @@ class Events:
     def _form(self, given: dict) -> Form:
         return Form(**{name: given[component] for name, component in self.parts.fields.items()})
 
+    def _picked(self, given: dict) -> list[int]:
+        return picks(given[self.parts.sheet["picks"]], names(self._visit(given).sheet))
+
     def _visit(self, given: dict) -> Visit:
         """Raises ValueError for a visitor whom the server does not know, or no longer."""
         visit = given[self.parts.visit]
@@ -242,42 +279,25 @@ class Events:
 def _wire(page: gr.Blocks, parts: Parts, events: Events) -> None:
     """Which component calls what."""
     visit, sheet, refine, compare, history = parts.visit, parts.sheet, parts.refine, parts.compare, parts.history
-    form, slots = [*parts.fields.values()], [*parts.slots.values(), parts.more]
+    form = [*parts.fields.values()]
+    rows = [*form, compare["methods"]]
     costs = {
         "fn": events.cost,
-        "inputs": {*form, compare["methods"]},
-        "outputs": [sheet["cost"], compare["cost"], *slots],
+        "inputs": {*rows},
+        "outputs": [sheet["cost"], compare["cost"], *parts.slots.values(), parts.more],
     }
     page.load(events.arrive, None, visit, **AT_ONCE).then(**costs, **AT_ONCE)
     page.unload(events.leave)
-    changes = [component.change for component in (*form, compare["methods"])]
+    changes = [component.change for component in rows]
     gr.on(changes, **costs, trigger_mode="always_last", **AT_ONCE)
 
-    device = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
-    results = [refine["results"], refine["slider"], refine["gallery"], refine["scores"], refine["status"]]
+    results = [refine[name] for name in ("results", "slider", "gallery", "scores")]
+    outputs = [sheet["gallery"], sheet["picking"], sheet["picks"], *results, refine["status"]]
+    asks = [sheet["run"].click, parts.fields["prompts"].submit]
     running = [
-        gr.on(
-            [sheet["run"].click, parts.fields["prompts"].submit],
-            events.make_sheet,
-            {visit, *form},
-            [sheet["gallery"], sheet["picking"], sheet["picks"], sheet["status"], *results, *slots],
-            show_progress_on=sheet["status"],
-            **device,
-        ),
-        refine["run"].click(
-            events.refine,
-            {visit, sheet["picks"]},
-            [*results, *slots],
-            show_progress_on=refine["status"],
-            **device,
-        ),
-        compare["run"].click(
-            events.compare,
-            {visit, *form, compare["methods"]},
-            [*compare["rows"], compare["status"], *slots],
-            show_progress_on=compare["status"],
-            **device,
-        ),
+        _run(parts, sheet, asks, events.ask_for_sheet, events.make_sheet, form, outputs),
+        _run(parts, refine, [refine["run"].click], events.ask_to_refine, events.refine, [sheet["picks"]], results),
+        _run(parts, compare, [compare["run"].click], events.ask_to_compare, events.compare, rows, compare["rows"]),
     ]
     past = (events.history, visit, [history["gallery"], history["files"], history["facts"]])
     for run in running:
@@ -287,6 +307,15 @@ def _wire(page: gr.Blocks, parts: Parts, events: Events) -> None:
     sheet["picks"].change(events.refine_cost, [visit, sheet["picks"]], refine["cost"], **AT_ONCE)
     refine["gallery"].select(events.look, visit, refine["slider"], **AT_ONCE)
     history["gallery"].select(events.facts, visit, history["facts"], **AT_ONCE)
+
+
+def _run(parts: Parts, part: dict, asks: list, ask: Callable, run: Callable, inputs: list, outputs: list):
+    """A button asks, which is answered at once; what it asks for, if nothing is wrong, waits for the device."""
+    visit, news = parts.visit, [part["status"], *parts.slots.values(), parts.more]
+    gr.on(asks, ask, {visit, *inputs}, [part["asked"], *news], **AT_ONCE)
+    return part["asked"].change(
+        run, {visit, *inputs}, [*outputs, *news], show_progress_on=part["status"], trigger_mode="once", **ON_DEVICE
+    )
 
 
 def told(progress: gr.Progress, pictures: int) -> Callable[[float], None]:

@@ -102,7 +102,8 @@ def _render(given: Namespace) -> Path:
     from evaluation.rendering import load_pipeline
     from evaluation.single import save_png, to_picture
     from solver.samplers.calls import text_length
-    from solver.samplers.hiflow.sampler import FEW_STEPS, hiflow, is_distilled_to_few_steps
+    from solver.samplers.hiflow.inputs import FEW_STEPS, is_distilled_to_few_steps
+    from solver.samplers.hiflow.sampler import hiflow
 
     image = Image.open(given.image) if given.image else None
     pipe = load_pipeline(given.model, given.dtype, given.device)

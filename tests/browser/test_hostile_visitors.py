@@ -1,5 +1,7 @@
 """What is wrong is said next to its field, what is typed is text, and the server lives on: in a headless Chromium."""
 
+import threading
+
 import pytest
 from steps import SECONDS, api, make_sheet, prompt_of, says
 
@@ -51,6 +53,18 @@ def test_what_is_wrong_is_said_below_its_field(label, typed, sentence, visit):
     page.get_by_role("button", name="Make the proof sheet").click()
     says(page, "1 picture." if label == "Candidates" else "of 8 pictures.")
     api.expect(alert).to_have_count(0, timeout=60 * SECONDS)
+
+
+def test_what_is_wrong_is_said_before_the_device_is_free(visit, table):
+    other = visit()
+    with table._turn(threading.Event()):
+        prompt_of(other).fill("a red ring")
+        other.get_by_role("button", name="Make the proof sheet").click()
+        page = visit()  # takes long enough for the other's run to begin
+        page.get_by_role("button", name="Make the proof sheet").click()
+        api.expect(page.get_by_role("alert").filter(has_text="Write a prompt")).to_be_visible()
+    says(other, "8 of 8 pictures.")
+    make_sheet(page, candidates=1)
 
 
 def test_html_is_text(visit):

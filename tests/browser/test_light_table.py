@@ -18,9 +18,24 @@ def by_hand(table, seed, path):
         return image.convert("RGB").tobytes()
 
 
+def all_inside(page, pictures):
+    """Asserts that a sheet shows every picture whole, inside its box and beside the others."""
+    boxes = [one.bounding_box() for one in page.locator("#sheet .thumbnail-item").all()]
+    around = page.locator("#sheet").bounding_box()
+    assert len(boxes) == pictures
+    for n, box in enumerate(boxes):
+        assert box["width"] >= 64 and box["height"] >= 64  # pixels, of the miniature's pictures
+        assert around["x"] <= box["x"] and box["x"] + box["width"] <= around["x"] + around["width"]
+        assert around["y"] <= box["y"] and box["y"] + box["height"] <= around["y"] + around["height"]
+        for other in boxes[:n]:
+            is_beside = other["x"] + other["width"] <= box["x"] + 1 or box["x"] + box["width"] <= other["x"] + 1
+            assert is_beside or other["y"] + other["height"] <= box["y"] + 1
+
+
 def test_by_mouse_from_the_first_visit_to_the_refined_picture(visit, table, tmp_path):
     page = visit()
-    make_sheet(page, candidates=4)
+    make_sheet(page, candidates=8)
+    all_inside(page, 8)
     shoot(page, "sheet")
     assert shown(page)[1].tobytes() == by_hand(table, 8, tmp_path / "8.png")
     first, second = page.locator("#sheet .thumbnail-item").nth(0), page.locator("#sheet .thumbnail-item").nth(1)
@@ -76,12 +91,24 @@ def test_by_keyboard_alone(visit):
     api.expect(line).to_have_attribute("aria-valuetext", "0% preview, 100% full")
 
 
+def progress(page):
+    """The share that the progress bar shows."""
+    bar, frame = (page.locator(name).first.bounding_box() for name in (".progress-bar", ".progress-bar-wrap"))
+    return bar["width"] / frame["width"]
+
+
 def test_a_stop_and_a_reload_in_the_middle(visit, table):
     page, evaluations = visit(), []
     hook = table.pipe.unet.register_forward_pre_hook(lambda *given: evaluations.append(1))
     ask(page, candidates=64)
     page.get_by_role("button", name="Make the proof sheet").click()
     says(page, "1 of 64 pictures.")
+    says(page, "Picture 2 of 64")
+    shoot(page, "running")
+    at_first, bar = progress(page), page.locator(".progress-bar").first
+    says(page, "Picture 4 of 64")
+    api.expect(bar).to_be_visible()
+    assert 1 / 64 <= at_first < progress(page) < 1
     page.get_by_role("button", name="Stop").first.click()
     says(page, "Stopped.")
     page.get_by_role("button", name="Make the proof sheet").click()
@@ -108,6 +135,7 @@ def test_eight_visitors_at_once(visit):
         ask(page, prompt=f"{n} red rings", candidates=2)
         page.get_by_role("button", name="Make the proof sheet").click()
     api.expect(pages[-1].get_by_text("queue: ").first).to_be_visible(timeout=60 * SECONDS)  # its place in the queue
+    shoot(pages[-1], "queued")
     seen = set()
     for page in pages:
         says(page, "2 of 2 pictures.")
@@ -118,7 +146,8 @@ def test_eight_visitors_at_once(visit):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone(scheme, visit):
     page = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme, is_mobile=True, has_touch=True)
-    make_sheet(page, candidates=2)
+    make_sheet(page, candidates=8)
+    all_inside(page, 8)
     page.get_by_role("checkbox", name="1 · seed 7").tap()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing to scroll sideways
     shoot(page, f"phone_{scheme}")

@@ -139,6 +139,32 @@ def test_errors_are_sentences_next_to_their_field(page):
     assert "Choose 2 to 4 methods" in visitor.call("compare", Prompt="x", Methods=["few"])
 
 
+def test_what_is_wrong_is_said_before_the_queue(page):
+    visitor = Visitor(page, "asker")
+    functions = ("ask_for_sheet", "ask_to_refine", "ask_to_compare")
+    assert not any(event(page, function).queue for function in functions)
+    assert "Write a prompt" in visitor.call("ask_for_sheet", Prompt="")
+    assert "Make a sheet first" in visitor.call("ask_to_refine", Picked=[])
+    assert "Choose 2 to 4 methods" in visitor.call("ask_to_compare", Prompt="x", Methods=["few"])
+    stranger = Visitor(page, "stranger")
+    stranger.name = "unknown"
+    assert "please reload it" in stranger.call("ask_for_sheet", Prompt="x")
+
+
+def test_a_run_begins_where_nothing_is_wrong(page):
+    visitor, made = Visitor(page, "right"), events(page)
+
+    def asked(prompt):
+        body = visitor.body("ask_for_sheet", {"Prompt": prompt})
+        answers = visitor.http.post("/run/predict", json=body).raise_for_status().json()["data"]
+        outputs = event(page, "ask_for_sheet").outputs
+        return answers[outputs.index(made.parts.sheet["asked"])]
+
+    names = [asked("x"), asked("x")]
+    assert len(set(names)) == 2 and all(isinstance(name, str) and name for name in names)
+    assert asked("") == {"__type__": "update"}  # as it was
+
+
 def test_costs_of_an_empty_prompt_leave_the_message_about_it(page):
     made = events(page)
     given = {component: component.value for component in made.parts.fields.values()}
@@ -227,9 +253,11 @@ def test_the_queue_has_a_limit(sd_table, tmp_path):
             answers.append(visitor.http.post("/queue/join", json=visitor.body("make_sheet", asked)))
             while len(answers) == 1 and len(page._queue):  # the first of them leaves the queue, for the device
                 time.sleep(0.05)
+        told = visitors[2].call("ask_for_sheet", **asked)
         for visitor in visitors:
             visit_of(page, visitor).stop.set()
     page.close()
+    assert "queue for the device is full (1 run)" in told
     assert [answer.status_code for answer in answers] == [200, 200, 503]
     assert "Queue is full" in answers[2].text
 

@@ -12,25 +12,34 @@ Source: arXiv 2504.06232; paper and public code disagree, `plan.PRESETS` has bot
 """
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from diffusers import DiffusionPipeline, FluxTransformer2DModel, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL.Image import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_tensor
 
-from solver.samplers.calls import guidance, guides_by_true_cfg
+from solver.samplers.calls import guidance
 from solver.samplers.cascade import Segment, encoded_once, run_segment, set_grid, sigma_grid
-from solver.samplers.digest import networks_digest, tensors_digest, weights_digest
 from solver.samplers.hiflow import model_patches
 from solver.samplers.hiflow.alignment import StageAlignment, Trajectory, enlarge, sharpen
+from solver.samplers.hiflow.continuing import check_smaller, fingerprints
+from solver.samplers.hiflow.controls import control_of_stage, resized
 from solver.samplers.hiflow.edges_first import edge_cells, edges_first
+from solver.samplers.hiflow.inputs import (
+    FEW_STEPS,
+    check_guidance,
+    check_mixable,
+    check_pipeline,
+    check_positions,
+    given_image,
+    is_distilled_to_few_steps,
+    native_size,
+    picture_call,
+)
 from solver.samplers.hiflow.memory import check_memory
 from solver.samplers.hiflow.noise import (
     check_rule,
@@ -55,26 +64,14 @@ from solver.samplers.hiflow.plan import (
     with_steps,
 )
 from solver.samplers.latents import (
-    as_seeds,
     decode,
-    default_size,
     denoiser,
-    is_video,
     latent_shape,
     patch_size,
     seeded,
     vae_factor,
 )
 from solver.samplers.ralu.prompts import encoded, row_of
-
-OURS = (
-    *("prompt", "latents", "height", "width", "num_inference_steps", "sigmas", "timesteps", "guidance_scale"),
-    *("generator", "num_images_per_prompt", "output_type", "return_dict", "denoising_start", "denoising_end"),
-)  # arguments of a pipeline that are said in another way here
-FEW_STEPS = 4  # of FLUX schnell
-ENLARGING = "start and acceleration"  # of a recipe; a base alone has neither
-# One a picture, or one for all.
-TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 
 class HiFlowResult(NamedTuple):
@@ -143,11 +140,11 @@ def hiflow(
         ValueError: anything that does not fit together, said before the first step: sizes, steps, strengths, numbers
             of prompts and seeds, arguments in `call` that are said otherwise here, more memory than there is.
     """
-    _check_pipeline(pipe)
+    check_pipeline(pipe)
     recipe = as_recipe(preset)
     if isinstance(preset, str) and is_distilled_to_few_steps(pipe):
         recipe = with_steps(recipe, FEW_STEPS)
-    known = None if image is None else _native_size(pipe)  # of a rendered base the first size is the model's own
+    known = None if image is None else native_size(pipe)  # of a rendered base the first size is the model's own
     stages = plan_stages(
         sizes,
         recipe,
@@ -164,17 +161,17 @@ def hiflow(
         raise ValueError(f"sizes={tuple(sizes)} with an image: give its own size and a larger one.")
     first = as_size(sizes[0])
     base = known_size(first, known, vae_factor(pipe) * patch_size(pipe))
-    _check_positions(pipe, stages[-1])
+    check_positions(pipe, stages[-1])
     if stages[-1].edge_steps:
-        _check_mixable(pipe)
-    call, seeds = _picture_call(pipe, prompt, seed, call or {})
+        check_mixable(pipe)
+    call, seeds = picture_call(pipe, prompt, seed, call or {})
     if guidance_scale is not None:
-        _check_guidance(pipe, call)
-    start = None if image is None else _given_image(image, first, len(seeds)).to(pipe._execution_device)
-    made_by = _made_by(pipe, recipe, scheduler, call, seeds, start)
+        check_guidance(pipe, call)
+    start = None if image is None else given_image(image, first, len(seeds)).to(pipe._execution_device)
+    made_by = fingerprints(pipe, recipe, scheduler, call, seeds, start)
     rendered = stages if start is None else stages[1:]
     if smaller is not None:
-        _check_smaller(smaller, rendered, made_by)
+        check_smaller(smaller.stages, smaller.made_by, rendered, made_by)
     if not ignore_memory:
         check_memory(pipe, rendered[len(smaller.stages) if smaller else 0 :], len(seeds), call)
 
@@ -300,7 +297,7 @@ class _Run:
         def here() -> tuple[Tensor, float]:
             return anchor, self.levels[stage.first + align.step]
 
-        call = self._call(stage.height, stage.width, stage.guidance_scale) | _control_of_stage(self.call, stage)
+        call = self._call(stage.height, stage.width, stage.guidance_scale) | control_of_stage(self.call, stage)
         cut = stage.first + (stage.edge_steps if edges else 0)
         for first, stop in ((stage.first, cut), (cut, stage.stop)):
             if first == stop:
@@ -326,20 +323,8 @@ class _Run:
         if self.pipe.components.get("controlnet") is not None:
             for name in ("control_image", "image"):
                 if name in call:
-                    call[name] = _resized(call[name], height, width)
+                    call[name] = resized(call[name], height, width)
         return call
-
-
-def _control_of_stage(call: dict, stage: Stage) -> dict:
-    """Where a ControlNet begins and ends, as shares of the stage's steps instead of the whole grid's."""
-
-    def share(value):
-        if isinstance(value, list | tuple):
-            return [share(one) for one in value]
-        return min(max((value * stage.stop - stage.first) / stage.steps, 0.0), 1.0)
-
-    names = ("control_guidance_start", "control_guidance_end")
-    return {name: share(call[name]) for name in names if call.get(name) is not None}
 
 
 @contextmanager
@@ -366,166 +351,3 @@ def _patches(pipe: DiffusionPipeline, stage: Stage, base: tuple[int, int], is_sh
             if stage.shifted_patches:
                 stack.enter_context(model_patches.shifted_patches(pipe, (rows, columns), is_shifted))
         yield
-
-
-def _resized(control, height: int, width: int):
-    """A control image of the stage's size. PIL images are left to the pipeline, which resamples them well."""
-    if isinstance(control, list | tuple):
-        return [_resized(one, height, width) for one in control]
-    if not isinstance(control, Tensor):
-        return control
-    batch = control if control.ndim == 4 else control[None]
-    resized = F.interpolate(batch, (height, width), mode="bicubic", align_corners=False, antialias=True)
-    return resized.clamp(control.min(), control.max())  # bicubic overshoots
-
-
-# ---- what was given ----
-
-
-def _check_pipeline(pipe: DiffusionPipeline) -> None:
-    """Raises ValueError unless the pipeline makes pictures from noise that it is given."""
-    if is_video(pipe):
-        raise ValueError(f"{type(pipe).__name__} makes videos; HiFlow is for pipelines that make images.")
-    takes = inspect.signature(pipe.__call__).parameters
-    if "latents" not in takes or "strength" in takes:
-        raise ValueError(
-            f"{type(pipe).__name__} does not begin with noise that it is given; take the text-to-image pipeline of "
-            "the same model, and image= for a picture to enlarge."
-        )
-
-
-def _check_mixable(pipe: DiffusionPipeline) -> None:
-    """Raises ValueError where the tokens of the picture cannot be mixed, or are not all that there is."""
-    if pipe.components.get("controlnet") is not None:
-        raise ValueError("edges_first: a ControlNet sees all tokens at every step; leave one of the two out.")
-    network = denoiser(pipe)
-    if type(network) is not FluxTransformer2DModel:
-        raise ValueError(
-            f"edges_first mixes tokens of a FluxTransformer2DModel and cannot see into a {type(network).__name__}. "
-            "A compiled one works with transformer.compile_repeated_blocks()."
-        )
-    if network.config.in_channels != latent_shape(pipe, *default_size(pipe))[0] * patch_size(pipe) ** 2:
-        raise ValueError(
-            f"edges_first: the tokens of {type(pipe).__name__} hold a control image beside the picture; leave "
-            "edges_first out."
-        )
-
-
-def _native_size(pipe: DiffusionPipeline) -> tuple[int, int] | None:
-    """What a transformer is made for. None of UNets and PixArt, which keep neither shift nor positions.
-
-    The autoencoder says it: FluxPipeline has a constant instead.
-    """
-    if not hasattr(pipe, "default_sample_size"):
-        return None
-    side = pipe.vae.config.get("sample_size")
-    return (side, side) if side else default_size(pipe)
-
-
-def is_distilled_to_few_steps(pipe: DiffusionPipeline) -> bool:
-    """Whether the pipeline is of FLUX schnell's kind: its grid is not shifted, and it is told no guidance."""
-    config = pipe.scheduler.config
-    plain = not config.get("use_dynamic_shifting") and config.get("shift") == 1.0
-    return plain and model_patches.takes_patches(pipe) and not denoiser(pipe).config.get("guidance_embeds")
-
-
-def _made_by(pipe, recipe: Recipe, scheduler, call: dict, seeds: list[int], start: Tensor | None) -> dict[str, str]:
-    """What decides the pictures, sizes and guidance apart, which the stages have."""
-    solver = pipe.scheduler if scheduler is None else scheduler
-    policy = getattr(solver, "policy", None)
-    return {
-        "pipeline": f"{type(pipe).__name__} {weights_digest(pipe)}",
-        "scheduler": f"{type(solver).__name__} {dict(solver.config)} {policy and networks_digest({'': policy})}",
-        "steps": str(recipe.steps),
-        ENLARGING: f"{recipe.start}, {recipe.acceleration}",
-        "prompts and seeds": f"{seeds} {[(name, _fingerprint(value)) for name, value in sorted(call.items())]}",
-        "image": "" if start is None else tensors_digest({"": start}),
-    }
-
-
-def _fingerprint(value) -> str:
-    if isinstance(value, Tensor):
-        return tensors_digest({"": value})
-    if isinstance(value, Image):
-        return tensors_digest({value.mode: to_tensor(value)})
-    return str([_fingerprint(one) for one in value]) if isinstance(value, list | tuple) else repr(value)
-
-
-def _picture_call(pipe, prompt, seed, call: dict) -> tuple[dict, list[int]]:
-    """The pipeline's arguments for B pictures, and their seeds."""
-    if ours := sorted(set(call) & set(OURS)):
-        raise ValueError(f"call has {', '.join(ours)}: hiflow says these itself, through its own arguments.")
-    if unknown := sorted(set(call) - set(inspect.signature(pipe.__call__).parameters)):
-        raise ValueError(f"call has {', '.join(unknown)}, which {type(pipe).__name__} does not take.")
-    if call.get("eta"):
-        raise ValueError(f"eta={call['eta']}: HiFlow's stages are deterministic, leave it out.")
-    seeds = as_seeds(seed)
-    if prompt is None:
-        if call.get("prompt_embeds") is None:
-            raise ValueError("There is neither a prompt nor prompt_embeds in call.")
-        if len(call["prompt_embeds"]) != len(seeds):
-            raise ValueError(f"{len(call['prompt_embeds'])} rows of prompt_embeds, but {len(seeds)} seeds: one each.")
-        return call, seeds
-    prompts = [prompt] * len(seeds) if isinstance(prompt, str) else list(prompt)
-    if len(prompts) != len(seeds) or not seeds:
-        raise ValueError(f"{len(prompts)} prompts, but {len(seeds)} seeds: every picture has one of each.")
-    spread = {name: [call[name]] * len(seeds) for name in TEXTS if isinstance(call.get(name), str)}
-    return {**call, **spread, "prompt": prompts}, seeds
-
-
-def _check_guidance(pipe, call: dict) -> None:
-    """A guidance scale of FLUX schnell or Qwen-Image is a `true_cfg_scale`, which needs a negative prompt."""
-    if not guides_by_true_cfg(pipe):
-        return
-    if "true_cfg_scale" in call:
-        raise ValueError(
-            f"call has true_cfg_scale={call['true_cfg_scale']}, which is what guidance_scale is for "
-            f"{type(pipe).__name__} with this model: give one of the two."
-        )
-    if call.get("prompt") is None and call.get("negative_prompt_embeds") is None:
-        raise ValueError("guidance_scale with prompt_embeds needs negative_prompt_embeds in call as well.")
-
-
-def _given_image(image, base: tuple[int, int], batch: int) -> Tensor:
-    """float32 (B, 3, H, W) of the base size."""
-    if not isinstance(image, Tensor | Image):
-        raise ValueError(f"image is a {type(image).__name__}: expected a PIL image or a tensor.")
-    picture = image if isinstance(image, Tensor) else to_tensor(image.convert("RGB"))
-    picture = (picture if picture.ndim == 4 else picture[None]).float()
-    if picture.ndim != 4 or picture.shape[1] != 3 or len(picture) not in (1, batch):
-        raise ValueError(
-            f"image of shape {tuple(picture.shape)}: expected (3, H, W), (1, 3, H, W) or ({batch}, 3, H, W)."
-        )
-    if tuple(picture.shape[-2:]) != base:
-        raise ValueError(
-            f"image of {picture.shape[-2]} x {picture.shape[-1]} pixels, but sizes begin with {base[0]} x {base[1]}: "
-            "resize the image, or let sizes begin with its own."
-        )
-    if not (picture.min() >= 0 and picture.max() <= 1):
-        raise ValueError(f"image has values from {picture.min():g} to {picture.max():g}: expected [0, 1].")
-    return picture.expand(batch, -1, -1, -1)
-
-
-def _check_smaller(smaller: HiFlowResult, stages: list[Stage], made_by: dict[str, str]) -> None:
-    """Raises ValueError unless the earlier result is the beginning of this run."""
-    done = smaller.stages
-    counts = [name for name in made_by if name != ENLARGING or any(stage.cutoff is not None for stage in done)]
-    if differing := [name for name in counts if smaller.made_by.get(name) != made_by[name]]:
-        raise ValueError(f"smaller is of another run: its {', '.join(differing)} differed.")
-    if len(done) >= len(stages) or done != stages[: len(done)]:
-        sizes = [[f"{stage.height} x {stage.width}" for stage in plan] for plan in (done, stages)]
-        raise ValueError(
-            f"smaller has {', '.join(sizes[0])}, and {', '.join(sizes[1])} are to be rendered: it has to be the "
-            "beginning of that, with the same guidance and alignment, and edges_first is of the last size alone."
-        )
-
-
-def _check_positions(pipe: DiffusionPipeline, largest: Stage) -> None:
-    """SD3's table of positions ends somewhere."""
-    table = getattr(getattr(denoiser(pipe), "pos_embed", None), "pos_embed_max_size", None)
-    pixels = vae_factor(pipe) * patch_size(pipe)
-    if table is not None and max(largest.height, largest.width) > table * pixels:
-        raise ValueError(
-            f"{largest.height} x {largest.width}: {type(denoiser(pipe)).__name__} has positions for {table * pixels} "
-            "pixels a side and no more."
-        )

@@ -11,6 +11,7 @@ from solver.samplers.hiflow.model_patches import (
     _pack,
     _unpack,
     attention_scale,
+    exact_positions,
     repeated_text,
     rope_base,
     shifted_patches,
@@ -201,3 +202,22 @@ def test_blocks_that_were_compiled_before_notice(pipe):
     with attention_scale(pipe.transformer, TOKENS, 16):
         torch.testing.assert_close(evaluate(pipe, **given), expected)
     torch.testing.assert_close(evaluate(pipe, **given), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_are_told_apart(dtype):
+    """In bfloat16, of 384 rows there are 321."""
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, img_ids):
+            seen.append(img_ids)
+
+    ids = torch.cartesian_prod(torch.arange(384.0), torch.arange(2.0))
+    ids = torch.cat([torch.zeros(len(ids), 1), ids], dim=1).to(dtype)
+    condition = torch.tensor([[1.0, 5.0, 6.0]], dtype=dtype)
+    network = Network()
+    with exact_positions(network, (384, 2)):
+        network(img_ids=torch.cat([ids, condition]))
+    assert seen[0].dtype == torch.float32 and len(seen[0][:-1, 1].unique()) == 384
+    assert seen[0][-1].tolist() == [1.0, 5.0, 6.0] and not network._forward_pre_hooks

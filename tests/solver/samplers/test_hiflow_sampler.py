@@ -1,6 +1,5 @@
 """HiFlow on stock pipelines of every family, against runs written out by hand."""
 
-import inspect
 import itertools
 import math
 from dataclasses import replace
@@ -10,20 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FluxControlNetModel,
-    FluxControlNetPipeline,
     FluxTransformer2DModel,
     HeunDiscreteScheduler,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
+from hiflow_cases import CODE, PLAIN, K, N, noise_of, prepared
 from PIL import Image
 from tiny_pipelines import run, tiny_pipeline
 from torch import nn
@@ -33,31 +27,12 @@ from solver.samplers.calls import guidance
 from solver.samplers.hiflow import PRESETS, hiflow, with_steps
 from solver.samplers.hiflow.alignment import enlarge, sharpen
 from solver.samplers.hiflow.lowpass import lowpass
-from solver.samplers.hiflow.memory import check_memory, decoder_bytes
-from solver.samplers.hiflow.model_patches import exact_positions
 from solver.samplers.hiflow.noise import clean_image, model_output_of, noised, stage_solver
 from solver.samplers.hiflow.pixels import encode, tiled_where_needed
-from solver.samplers.hiflow.plan import plan_stages
-from solver.samplers.hiflow.sampler import _control_of_stage, is_distilled_to_few_steps
 from solver.samplers.latents import decode, denoiser, latent_shape, pack, unpack
 
-N, K = 5, 3
-ZOO = Path(__file__).parents[3] / "zoo"
-CODE = replace(with_steps(PRESETS["code"], N), stage_steps=(K,))
-PLAIN = replace(CODE, ntk_factor=(1.0,), proportional_attention=False, shifted_patches=False)
 IMAGE_FAMILIES = ("flux", "flux-kontext", "sd3", "sd", "sdxl", "qwen-image")
-OURS = ("height", "width", "generator", "output_type", "guidance_scale", "true_cfg_scale", "max_area")
-
-
-def prepared(family, batch_size=1):
-    pipe, call = tiny_pipeline(family, batch_size=batch_size)
-    return pipe, {name: value for name, value in call.items() if name not in OURS}
-
-
-def noise_of(pipe, seed, *sizes):
-    """The noises of a cascade: one generator a picture, size after size."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(1, *latent_shape(pipe, size, size), generator=generator) for size in sizes]
+ZOO = Path(__file__).parents[3] / "zoo"
 
 
 # ---- the base, the start, the steps ----
@@ -323,30 +298,6 @@ def test_a_smaller_result_goes_on_as_if_it_had_not_stopped(family, preset):
     assert (whole.stages, whole.sigmas) == (result.stages, result.sigmas)
 
 
-def test_a_smaller_result_that_is_no_beginning_is_refused():
-    pipe, call = prepared("sd")
-    small = hiflow(pipe, None, 1, (32,), CODE, call=call)
-    given = {"prompt": None, "seed": 1, "sizes": (32, 64), "preset": CODE, "call": call, "smaller": small}
-    other_prompt = {**call, "prompt_embeds": call["prompt_embeds"] + 1}
-    elsewhere = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=0)
-    cases = [
-        ("32 x 32, and 48 x 48, 64 x 64 are to be rendered", {"sizes": (48, 64)}),
-        ("another run: its steps differed", {"preset": with_steps(CODE, 7)}),
-        ("the same guidance", {"guidance_scale": 5.0}),
-        ("another run: its prompts and seeds differed", {"seed": 2}),
-        ("another run: its prompts and seeds differed", {"call": other_prompt}),
-        ("another run: its scheduler differed", {"scheduler": elsewhere}),
-        ("another run: its pipeline differed", {"pipe": tiny_pipeline("sd", seed=1)[0]}),
-        ("has to be the beginning", {"alignment": "none"}),
-        ("has to be the beginning", {"sizes": (32,)}),
-        ("another run: its prompts and seeds differed", {"seed": [1, 2], "call": prepared("sd", 2)[1]}),
-        ("another run: its image differed", {"image": torch.rand(3, 32, 32)}),
-    ]
-    for message, changes in cases:
-        with pytest.raises(ValueError, match=message):
-            hiflow(**{"pipe": pipe, **given, **changes})
-
-
 def test_one_base_is_enlarged_in_several_ways():
     """But what was enlarged in one way goes on in that way."""
     pipe, call = prepared("flux")
@@ -504,52 +455,6 @@ def test_lora_in_all_stages():
     torch.testing.assert_close(fused.images[-1], adapted.images[-1], rtol=1e-3, atol=1e-3)
 
 
-def sd_control():
-    pipe, call = prepared("sd")
-    torch.manual_seed(0)
-    network = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
-    parts = {**pipe.components, "controlnet": network}
-    return StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False), call, "image", "controlnet_cond"
-
-
-def flux_control():
-    pipe, call = prepared("flux")
-    torch.manual_seed(0)
-    network = FluxControlNetModel.from_transformer(
-        pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
-    )
-    parts = {
-        name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")
-    }
-    return FluxControlNetPipeline(**parts, controlnet=network), call, "control_image", "controlnet_cond"
-
-
-@pytest.mark.parametrize("make", [sd_control, flux_control])
-def test_control_images_follow_the_stages(make):
-    pipe, call, argument, condition = make()
-    pipe.set_progress_bar_config(disable=True)
-    for parameter in pipe.controlnet.parameters():  # those that join the networks begin at zero
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-    shapes = []
-
-    def look(_, args, given):
-        shapes.append(tuple(given[condition].shape[1:]))
-
-    pipe.controlnet.register_forward_pre_hook(look, with_kwargs=True)
-    control = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
-    first = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: control})
-    if argument == "image":
-        assert set(shapes) == {(3, 32, 32), (3, 64, 64)}
-    else:  # packed latents; the shifted steps see one patch more a side, and so does the ControlNet
-        assert [shapes[0], shapes[N], shapes[N + 1]] == [(64, 16), (256, 16), (256, 16)]
-    other = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: 1 - control})
-    assert not torch.allclose(first.images[-1], other.images[-1], atol=1e-4)
-    picture = Image.fromarray((control[0].permute(1, 2, 0) * 255).byte().numpy())
-    result = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: picture})
-    assert result.images[-1].shape[-1] == 64
-
-
 class Int8Linear(nn.Module):
     """Weight-only quantisation: eight bits and a scale a row."""
 
@@ -597,143 +502,3 @@ def test_kontexts_condition_covers_the_large_picture_too():
     assert condition[0][-1].tolist() == [1, 7, 7] and condition[1][-1].tolist() == [1, 14.5, 14.5]
     assert condition[1][0].tolist() == [1, 0.5, 0.5]
     assert len(large) - len(base) == 3 * 64
-
-
-# ---- what is refused ----
-
-
-def test_bad_input_is_refused_before_anything_runs():
-    pipe, call = prepared("sd")
-    pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network was evaluated"))
-    image = torch.rand(3, 32, 32)
-    cases = [
-        ("2 seeds", {"seed": [1, 2]}),
-        ("3 prompts, but 1 seeds", {"prompt": ["a", "b", "c"]}),
-        ("neither a prompt nor", {"call": {}}),
-        ("latents: hiflow says these itself", {"call": {**call, "latents": torch.zeros(1)}}),
-        ("eta=0.5: .* deterministic", {"call": {**call, "eta": 0.5}}),
-        ("true_cfg_scale, which StableDiffusionPipeline does not take", {"call": {**call, "true_cfg_scale": 2}}),
-        ("multiples of 2", {"sizes": (32, 63)}),
-        ("sizes begin with 48 x 48", {"sizes": (48, 64), "image": image}),
-        ("expected .3, H, W.", {"image": torch.rand(1, 32, 32)}),
-        ("values from", {"image": image * 255}),
-        ("image is a ndarray", {"image": image.numpy()}),
-        ("takes no image", {"image": image, "alignment": "none"}),
-        ("give its own size and a larger one", {"image": image, "sizes": (32,)}),
-        ("preset='codes'", {"preset": "codes"}),
-        (
-            r"needs about .* GiB on cpu.*helps: smaller sizes, pipe.vae.enable_tiling.., half precision; ignore",
-            {"sizes": (32, 2**16)},
-        ),
-    ]
-    for message, changes in cases:
-        given = {"prompt": None, "seed": 1, "sizes": (32, 64), "preset": CODE, "call": call, **changes}
-        with pytest.raises(ValueError, match=message):
-            hiflow(pipe, **given)
-
-
-def test_memory_counts_the_text_and_what_kontext_edits():
-    pipe, call = prepared("flux-kontext")
-    stages = plan_stages((32, 64), CODE, 4)
-    check_memory(pipe, stages, 1, call)
-    del call["image"]
-    long = {**call, "prompt_embeds": torch.empty(1, 10**10, 16, device="meta")}
-    large = {**call, "image": torch.empty(1, 4, 10**5, 10**5, device="meta")}
-    for given in (long, large):
-        with pytest.raises(ValueError, match="64 x 64 in a batch of 1 needs about"):
-            check_memory(pipe, stages, 1, given)
-
-
-def test_families_that_cannot():
-    with pytest.raises(ValueError, match="'fixed-noise' is for flow models, and this one predicts epsilon"):
-        pipe, call = prepared("sd")
-        hiflow(pipe, None, 1, (32, 64), replace(CODE, acceleration="fixed-noise"), call=call)
-    with pytest.raises(ValueError, match="makes videos"):
-        pipe, call = prepared("wan")
-        hiflow(pipe, None, 1, (32, 64), CODE, call=call)
-    with pytest.raises(ValueError, match="positions for 384"):
-        pipe, call = prepared("sd3")
-        hiflow(pipe, None, 1, (32, 512), CODE, call=call)
-
-
-def test_pipelines_and_solvers_that_do_not_fit():
-    pipe, call = prepared("sd")
-    image_to_image = StableDiffusionImg2ImgPipeline(**pipe.components)
-    with pytest.raises(ValueError, match="does not begin with noise that it is given; take the text-to-image"):
-        hiflow(image_to_image, None, 1, (32, 64), CODE, call=call)
-    pipe, call = prepared("sdxl")
-    with pytest.raises(ValueError, match="call has denoising_end"):
-        hiflow(pipe, None, 1, (32, 64), CODE, call={**call, "denoising_end": 0.5})
-    pipe, call = prepared("flux")
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
-    with pytest.raises(ValueError, match="draws noise at every step"):
-        hiflow(pipe, None, 1, (32, 64), CODE, call=call)
-
-
-def test_a_preset_has_the_few_steps_that_a_model_is_distilled_to():
-    pipe, call = prepared("flux")
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    assert not is_distilled_to_few_steps(pipe)  # it is told its guidance: FLUX dev
-    schnell = FluxTransformer2DModel.from_config(pipe.transformer.config, guidance_embeds=False)
-    pipe.register_modules(transformer=schnell)
-    assert is_distilled_to_few_steps(pipe)
-    result = hiflow(pipe, None, 1, (32, 64), "code", call=call)
-    assert [stage.steps for stage in result.stages] == [4, 2]
-    assert [stage.steps for stage in hiflow(pipe, None, 1, (32, 64), CODE, call=call).stages] == [N, K]
-
-
-def test_memory_of_a_small_decoder():
-    """As many values a pixel as its first channels make: 32 of the miniature's against 128."""
-    assert decoder_bytes(512, 512, 4, channels=32) == decoder_bytes(512, 512, 4) / 4
-    pipe, call = prepared("flux")
-    pipe.vae.register_to_config(block_out_channels=(4, 8))
-    check_memory(pipe, plan_stages((32, 1024), CODE, 4), 20, call)  # 100 MB each, and not 2.5 GB
-
-
-def test_where_control_begins_and_ends_counts_the_whole_grid():
-    stage = plan_stages((64, 128), replace(CODE, steps=30, stage_steps=(10,)), 16)[1]
-    call = {"control_guidance_start": 0.5, "control_guidance_end": [0.8, 1.0]}
-    assert _control_of_stage(call, stage) == {
-        "control_guidance_start": 0.0,
-        "control_guidance_end": [pytest.approx(0.4), 1.0],
-    }
-    assert _control_of_stage({}, stage) == {}
-
-
-def test_control_pictures_in_pixels_keep_up_with_moved_patches():
-    """XLabs' ControlNets take the picture itself, eight pixels a latent: so wide is the border that moves patches."""
-    pipe, call = prepared("flux")
-    four = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    known = {name: value for name, value in pipe.vae.config.items() if not name.startswith("_")}
-    vae = AutoencoderKL(**{**known, **four, "block_out_channels": (4, 4, 4, 8)})
-    names = inspect.signature(FluxControlNetModel).parameters
-    known = {name: value for name, value in pipe.transformer.config.items() if name in names}
-    network = FluxControlNetModel(**{**known, "conditioning_embedding_channels": 4, "patch_size": 2})
-    parts = {k: v for k, v in pipe.components.items() if k not in ("image_encoder", "feature_extractor", "vae")}
-    pipe = FluxControlNetPipeline(**parts, vae=vae, controlnet=network)
-    pipe.set_progress_bar_config(disable=True)
-    sizes = []
-    network.input_hint_block.register_forward_hook(lambda module, args, out: sizes.append(args[0].shape[-1]))
-    call = {**call, "control_image": torch.rand(1, 3, 64, 64)}
-    result = hiflow(pipe, None, 1, (64, 128), CODE, call=call)
-    assert result.images[-1].isfinite().all()
-    assert sizes == [64] * N + [144, 128, 144]  # moved at every other step
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_positions_are_told_apart(dtype):
-    """In bfloat16, of 384 rows there are 321."""
-    seen = []
-
-    class Network(torch.nn.Module):
-        def forward(self, img_ids):
-            seen.append(img_ids)
-
-    ids = torch.cartesian_prod(torch.arange(384.0), torch.arange(2.0))
-    ids = torch.cat([torch.zeros(len(ids), 1), ids], dim=1).to(dtype)
-    condition = torch.tensor([[1.0, 5.0, 6.0]], dtype=dtype)
-    network = Network()
-    with exact_positions(network, (384, 2)):
-        network(img_ids=torch.cat([ids, condition]))
-    assert seen[0].dtype == torch.float32 and len(seen[0][:-1, 1].unique()) == 384
-    assert seen[0][-1].tolist() == [1.0, 5.0, 6.0] and not network._forward_pre_hooks

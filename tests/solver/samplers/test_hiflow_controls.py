@@ -1,0 +1,97 @@
+"""ControlNets in the stages of HiFlow."""
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    StableDiffusionControlNetPipeline,
+)
+from hiflow_cases import CODE, N, prepared
+from PIL import Image
+from torch import nn
+
+from solver.samplers.hiflow import hiflow
+from solver.samplers.hiflow.controls import control_of_stage
+from solver.samplers.hiflow.plan import plan_stages
+
+
+def sd_control():
+    pipe, call = prepared("sd")
+    torch.manual_seed(0)
+    network = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
+    parts = {**pipe.components, "controlnet": network}
+    return StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False), call, "image", "controlnet_cond"
+
+
+def flux_control():
+    pipe, call = prepared("flux")
+    torch.manual_seed(0)
+    network = FluxControlNetModel.from_transformer(
+        pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
+    )
+    parts = {
+        name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")
+    }
+    return FluxControlNetPipeline(**parts, controlnet=network), call, "control_image", "controlnet_cond"
+
+
+@pytest.mark.parametrize("make", [sd_control, flux_control])
+def test_control_images_follow_the_stages(make):
+    pipe, call, argument, condition = make()
+    pipe.set_progress_bar_config(disable=True)
+    for parameter in pipe.controlnet.parameters():  # those that join the networks begin at zero
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    shapes = []
+
+    def look(_, args, given):
+        shapes.append(tuple(given[condition].shape[1:]))
+
+    pipe.controlnet.register_forward_pre_hook(look, with_kwargs=True)
+    control = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    first = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: control})
+    if argument == "image":
+        assert set(shapes) == {(3, 32, 32), (3, 64, 64)}
+    else:  # packed latents; the shifted steps see one patch more a side, and so does the ControlNet
+        assert [shapes[0], shapes[N], shapes[N + 1]] == [(64, 16), (256, 16), (256, 16)]
+    other = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: 1 - control})
+    assert not torch.allclose(first.images[-1], other.images[-1], atol=1e-4)
+    picture = Image.fromarray((control[0].permute(1, 2, 0) * 255).byte().numpy())
+    result = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: picture})
+    assert result.images[-1].shape[-1] == 64
+
+
+def test_where_control_begins_and_ends_counts_the_whole_grid():
+    stage = plan_stages((64, 128), replace(CODE, steps=30, stage_steps=(10,)), 16)[1]
+    call = {"control_guidance_start": 0.5, "control_guidance_end": [0.8, 1.0]}
+    assert control_of_stage(call, stage) == {
+        "control_guidance_start": 0.0,
+        "control_guidance_end": [pytest.approx(0.4), 1.0],
+    }
+    assert control_of_stage({}, stage) == {}
+
+
+def test_control_pictures_in_pixels_keep_up_with_moved_patches():
+    """XLabs' ControlNets take the picture itself, eight pixels a latent: so wide is the border that moves patches."""
+    pipe, call = prepared("flux")
+    four = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    known = {name: value for name, value in pipe.vae.config.items() if not name.startswith("_")}
+    vae = AutoencoderKL(**{**known, **four, "block_out_channels": (4, 4, 4, 8)})
+    names = inspect.signature(FluxControlNetModel).parameters
+    known = {name: value for name, value in pipe.transformer.config.items() if name in names}
+    network = FluxControlNetModel(**{**known, "conditioning_embedding_channels": 4, "patch_size": 2})
+    parts = {k: v for k, v in pipe.components.items() if k not in ("image_encoder", "feature_extractor", "vae")}
+    pipe = FluxControlNetPipeline(**parts, vae=vae, controlnet=network)
+    pipe.set_progress_bar_config(disable=True)
+    sizes = []
+    network.input_hint_block.register_forward_hook(lambda module, args, out: sizes.append(args[0].shape[-1]))
+    call = {**call, "control_image": torch.rand(1, 3, 64, 64)}
+    result = hiflow(pipe, None, 1, (64, 128), CODE, call=call)
+    assert result.images[-1].isfinite().all()
+    assert sizes == [64] * N + [144, 128, 144]  # moved at every other step

@@ -1,0 +1,131 @@
+"""What HiFlow refuses, and says of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    StableDiffusionImg2ImgPipeline,
+)
+from hiflow_cases import CODE, K, N, prepared
+from tiny_pipelines import tiny_pipeline
+
+from solver.samplers.hiflow import hiflow, with_steps
+from solver.samplers.hiflow.inputs import is_distilled_to_few_steps
+from solver.samplers.hiflow.memory import check_memory, decoder_bytes
+from solver.samplers.hiflow.plan import plan_stages
+
+
+def test_bad_input_is_refused_before_anything_runs():
+    pipe, call = prepared("sd")
+    pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network was evaluated"))
+    image = torch.rand(3, 32, 32)
+    cases = [
+        ("2 seeds", {"seed": [1, 2]}),
+        ("3 prompts, but 1 seeds", {"prompt": ["a", "b", "c"]}),
+        ("neither a prompt nor", {"call": {}}),
+        ("latents: hiflow says these itself", {"call": {**call, "latents": torch.zeros(1)}}),
+        ("eta=0.5: .* deterministic", {"call": {**call, "eta": 0.5}}),
+        ("true_cfg_scale, which StableDiffusionPipeline does not take", {"call": {**call, "true_cfg_scale": 2}}),
+        ("multiples of 2", {"sizes": (32, 63)}),
+        ("sizes begin with 48 x 48", {"sizes": (48, 64), "image": image}),
+        ("expected .3, H, W.", {"image": torch.rand(1, 32, 32)}),
+        ("values from", {"image": image * 255}),
+        ("image is a ndarray", {"image": image.numpy()}),
+        ("takes no image", {"image": image, "alignment": "none"}),
+        ("give its own size and a larger one", {"image": image, "sizes": (32,)}),
+        ("preset='codes'", {"preset": "codes"}),
+        (
+            r"needs about .* GiB on cpu.*helps: smaller sizes, pipe.vae.enable_tiling.., half precision; ignore",
+            {"sizes": (32, 2**16)},
+        ),
+    ]
+    for message, changes in cases:
+        given = {"prompt": None, "seed": 1, "sizes": (32, 64), "preset": CODE, "call": call, **changes}
+        with pytest.raises(ValueError, match=message):
+            hiflow(pipe, **given)
+
+
+def test_memory_counts_the_text_and_what_kontext_edits():
+    pipe, call = prepared("flux-kontext")
+    stages = plan_stages((32, 64), CODE, 4)
+    check_memory(pipe, stages, 1, call)
+    del call["image"]
+    long = {**call, "prompt_embeds": torch.empty(1, 10**10, 16, device="meta")}
+    large = {**call, "image": torch.empty(1, 4, 10**5, 10**5, device="meta")}
+    for given in (long, large):
+        with pytest.raises(ValueError, match="64 x 64 in a batch of 1 needs about"):
+            check_memory(pipe, stages, 1, given)
+
+
+def test_families_that_cannot():
+    with pytest.raises(ValueError, match="'fixed-noise' is for flow models, and this one predicts epsilon"):
+        pipe, call = prepared("sd")
+        hiflow(pipe, None, 1, (32, 64), replace(CODE, acceleration="fixed-noise"), call=call)
+    with pytest.raises(ValueError, match="makes videos"):
+        pipe, call = prepared("wan")
+        hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    with pytest.raises(ValueError, match="positions for 384"):
+        pipe, call = prepared("sd3")
+        hiflow(pipe, None, 1, (32, 512), CODE, call=call)
+
+
+def test_pipelines_and_solvers_that_do_not_fit():
+    pipe, call = prepared("sd")
+    image_to_image = StableDiffusionImg2ImgPipeline(**pipe.components)
+    with pytest.raises(ValueError, match="does not begin with noise that it is given; take the text-to-image"):
+        hiflow(image_to_image, None, 1, (32, 64), CODE, call=call)
+    pipe, call = prepared("sdxl")
+    with pytest.raises(ValueError, match="call has denoising_end"):
+        hiflow(pipe, None, 1, (32, 64), CODE, call={**call, "denoising_end": 0.5})
+    pipe, call = prepared("flux")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
+    with pytest.raises(ValueError, match="draws noise at every step"):
+        hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+
+
+def test_a_preset_has_the_few_steps_that_a_model_is_distilled_to():
+    pipe, call = prepared("flux")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    assert not is_distilled_to_few_steps(pipe)  # it is told its guidance: FLUX dev
+    schnell = FluxTransformer2DModel.from_config(pipe.transformer.config, guidance_embeds=False)
+    pipe.register_modules(transformer=schnell)
+    assert is_distilled_to_few_steps(pipe)
+    result = hiflow(pipe, None, 1, (32, 64), "code", call=call)
+    assert [stage.steps for stage in result.stages] == [4, 2]
+    assert [stage.steps for stage in hiflow(pipe, None, 1, (32, 64), CODE, call=call).stages] == [N, K]
+
+
+def test_memory_of_a_small_decoder():
+    """As many values a pixel as its first channels make: 32 of the miniature's against 128."""
+    assert decoder_bytes(512, 512, 4, channels=32) == decoder_bytes(512, 512, 4) / 4
+    pipe, call = prepared("flux")
+    pipe.vae.register_to_config(block_out_channels=(4, 8))
+    check_memory(pipe, plan_stages((32, 1024), CODE, 4), 20, call)  # 100 MB each, and not 2.5 GB
+
+
+def test_a_smaller_result_that_is_no_beginning_is_refused():
+    pipe, call = prepared("sd")
+    small = hiflow(pipe, None, 1, (32,), CODE, call=call)
+    given = {"prompt": None, "seed": 1, "sizes": (32, 64), "preset": CODE, "call": call, "smaller": small}
+    other_prompt = {**call, "prompt_embeds": call["prompt_embeds"] + 1}
+    elsewhere = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=0)
+    cases = [
+        ("32 x 32, and 48 x 48, 64 x 64 are to be rendered", {"sizes": (48, 64)}),
+        ("another run: its steps differed", {"preset": with_steps(CODE, 7)}),
+        ("the same guidance", {"guidance_scale": 5.0}),
+        ("another run: its prompts and seeds differed", {"seed": 2}),
+        ("another run: its prompts and seeds differed", {"call": other_prompt}),
+        ("another run: its scheduler differed", {"scheduler": elsewhere}),
+        ("another run: its pipeline differed", {"pipe": tiny_pipeline("sd", seed=1)[0]}),
+        ("has to be the beginning", {"alignment": "none"}),
+        ("has to be the beginning", {"sizes": (32,)}),
+        ("another run: its prompts and seeds differed", {"seed": [1, 2], "call": prepared("sd", 2)[1]}),
+        ("another run: its image differed", {"image": torch.rand(3, 32, 32)}),
+    ]
+    for message, changes in cases:
+        with pytest.raises(ValueError, match=message):
+            hiflow(**{"pipe": pipe, **given, **changes})
