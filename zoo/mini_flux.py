@@ -202,13 +202,19 @@ def position_ids(x_BCHW: Tensor, reference: int = 0) -> Tensor:
     return ids_N3
 
 
-def noise_levels(count: int, tokens: int, scheduler: FlowMatchEulerDiscreteScheduler, draw: torch.Generator) -> Tensor:
-    """Logit-normal σ (arXiv 2403.03206), stratified over the batch, shifted as the scheduler shifts for `tokens`."""
+def noise_levels(
+    count: int, tokens: int, scheduler: FlowMatchEulerDiscreteScheduler, draw: torch.Generator, further: float = 1.0
+) -> Tensor:
+    """Logit-normal σ (arXiv 2403.03206), stratified over the batch, shifted as the scheduler shifts for `tokens`.
+
+    And `further` times that, towards noise.
+    """
     strata = (torch.randperm(count, generator=draw) + torch.rand(count, generator=draw)) / count
     sigma_B = torch.special.ndtri(strata.clamp(1e-4, 1 - 1e-4)).sigmoid()
     keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
     mu = calculate_shift(tokens, *(scheduler.config[key] for key in keys))
-    return math.exp(mu) / (math.exp(mu) + 1 / sigma_B - 1)
+    shift = further * math.exp(mu)
+    return shift / (shift + 1 / sigma_B - 1)
 
 
 # ------------------------------------------------------------------------------------------------ what is saved

@@ -72,6 +72,7 @@ class MiniFluxRun(Run):
     caption_dropout: float = 0.1
     align_weight: float = field(default=0.1, metadata={"help": "of telling classes from a layer in the middle"})
     phrase_weight: float = field(default=0.1, metadata={"help": "of telling what is said of a noun from its token"})
+    noise_shift: float = field(default=1.0, metadata={"help": "of the noise levels, beyond the scheduler's shift"})
     # Networks, where there is no start
     width: int = 160
     joint_layers: int = 1
@@ -234,7 +235,8 @@ def flow_loss(
     what the words say of each noun.
     """
     x0 = batch.latents
-    sigma_B = noise_levels(len(x0), tokens_of(4 * x0.shape[-1]), scheduler, drawn(run, "levels", step)).to(x0.device)
+    tokens, draw = tokens_of(4 * x0.shape[-1]), drawn(run, "levels", step)
+    sigma_B = noise_levels(len(x0), tokens, scheduler, draw, run.noise_shift).to(x0.device)
     noises = torch.Generator(x0.device).manual_seed(seed_of(run, "noise", step))
     noise = torch.randn(x0.shape, generator=noises, device=x0.device)
     s = sigma_B[:, None, None, None]

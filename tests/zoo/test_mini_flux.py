@@ -92,6 +92,8 @@ def test_the_grid_of_a_run_is_shifted_as_the_training_is(folder):
         sigmas = noise_levels(4001, tokens_of(size), build_scheduler(), torch.Generator().manual_seed(0))
         assert sigmas.median().item() == pytest.approx(pipe.scheduler.sigmas[1].item(), abs=0.01)
         assert sigmas.min() > 0 and sigmas.max() < 1
+        noisier = noise_levels(4001, tokens_of(size), build_scheduler(), torch.Generator().manual_seed(0), further=3)
+        torch.testing.assert_close(noisier.logit(), sigmas.logit() + math.log(3), rtol=0, atol=1e-3)
 
 
 def test_the_four_step_grid_at_full_size_is_that_of_flux():

@@ -32,10 +32,10 @@ def takes_patches(pipe: DiffusionPipeline) -> bool:
 
 
 def networks(pipe: DiffusionPipeline) -> list[nn.Module]:
-    """What sees the picture's tokens: the transformer and its ControlNets, one by one."""
+    """What sees the picture's tokens: the transformer and its ControlNets, each once."""
     control = pipe.components.get("controlnet")
     several = getattr(control, "nets", [control])  # a union of ControlNets passes its calls on
-    return [pipe.transformer, *(net for net in several if isinstance(net, nn.Module))]
+    return [pipe.transformer, *dict.fromkeys(net for net in several if isinstance(net, nn.Module))]
 
 
 @contextmanager

@@ -10,7 +10,14 @@ from diffusers import (
     ControlNetModel,
     FluxControlNetModel,
     FluxControlNetPipeline,
+    FluxMultiControlNetModel,
+    MultiControlNetModel,
+    SD3ControlNetModel,
+    SD3MultiControlNetModel,
+    SD3Transformer2DModel,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetPipeline,
 )
 from hiflow_cases import CODE, N, prepared
 from PIL import Image
@@ -41,13 +48,39 @@ def flux_control():
     return FluxControlNetPipeline(**parts, controlnet=network), call, "control_image", "controlnet_cond"
 
 
-@pytest.mark.parametrize("make", [sd_control, flux_control])
-def test_control_images_follow_the_stages(make):
-    pipe, call, argument, condition = make()
+def sdxl_control():
+    pipe, call = prepared("sdxl")
+    torch.manual_seed(0)
+    network = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
+    controlled = StableDiffusionXLControlNetPipeline(**pipe.components, controlnet=network, add_watermarker=False)
+    return controlled, call, "image", "controlnet_cond"
+
+
+def sd3_control():
+    """With two blocks: the last one takes no control."""
+    pipe, call = prepared("sd3")
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel.from_config(pipe.transformer.config, num_layers=2)
+    network = SD3ControlNetModel.from_transformer(
+        transformer, num_layers=1, num_extra_conditioning_channels=0, load_weights_from_transformer=False
+    )
+    parts = {**pipe.components, "transformer": transformer, "controlnet": network}
+    return StableDiffusion3ControlNetPipeline(**parts), call, "control_image", "controlnet_cond"
+
+
+def with_weights(pipe):
+    """The pipeline, whose ControlNet is not without effect: the layers that join the networks begin at zero."""
     pipe.set_progress_bar_config(disable=True)
-    for parameter in pipe.controlnet.parameters():  # those that join the networks begin at zero
+    for parameter in pipe.controlnet.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    return pipe
+
+
+@pytest.mark.parametrize("make", [sd_control, sdxl_control, sd3_control, flux_control])
+def test_control_images_follow_the_stages(make):
+    pipe, call, argument, condition = make()
+    with_weights(pipe)
     shapes = []
 
     def look(_, args, given):
@@ -58,6 +91,8 @@ def test_control_images_follow_the_stages(make):
     first = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: control})
     if argument == "image":
         assert set(shapes) == {(3, 32, 32), (3, 64, 64)}
+    elif make is sd3_control:  # latents, as many as of the picture
+        assert set(shapes) == {(4, 16, 16), (4, 32, 32)}
     else:  # packed latents; the shifted steps see one patch more a side, and so does the ControlNet
         assert [shapes[0], shapes[N], shapes[N + 1]] == [(64, 16), (256, 16), (256, 16)]
     other = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: 1 - control})
@@ -65,6 +100,27 @@ def test_control_images_follow_the_stages(make):
     picture = Image.fromarray((control[0].permute(1, 2, 0) * 255).byte().numpy())
     result = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: picture})
     assert result.images[-1].shape[-1] == 64
+
+
+@pytest.mark.parametrize(
+    ("make", "several"),
+    [
+        (sd_control, MultiControlNetModel),
+        (sd3_control, SD3MultiControlNetModel),
+        (flux_control, FluxMultiControlNetModel),
+    ],
+)
+def test_several_control_images_follow_the_stages(make, several):
+    """Two images, and the same network for both."""
+    pipe, call, argument, _ = make()
+    with_weights(pipe).register_modules(controlnet=several([pipe.controlnet] * 2))
+    control = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    call |= {"controlnet_conditioning_scale": [1.0, 0.5]}
+    made = [
+        hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: [*pair]}).images[-1]
+        for pair in (control, control.flip(0))
+    ]
+    assert made[0].shape[-1] == 64 and not torch.allclose(*made, atol=1e-4)
 
 
 def test_where_control_begins_and_ends_counts_the_whole_grid():
