@@ -9,6 +9,7 @@ from diffusers.hooks import apply_taylorseer_cache
 from peft import LoraConfig
 
 from solver import ConsistencySolverScheduler
+from solver.samplers.cascade import set_grid
 from solver.samplers.cost import network_of, run_flops
 from solver.samplers.latents import decode
 from solver.samplers.ralu.edges import canny_scores, select
@@ -198,6 +199,30 @@ def test_order_one_of_the_learned_solver_is_euler():
     longer = Schedule((4, 4, 4), (0.3, 0.45, 1.0), 0.3, (5.0, 2.6, 2.2), 6.0)
     euler, other = (run(pipe, call, schedule=longer, scheduler=one).latents_BCHW for one in (solver, second))
     assert not torch.equal(euler, other)
+
+
+def test_a_learned_solver_walks_each_stage_on_its_own_history():
+    """Every step of its third order, its weights moved, is the one that it makes alone of the same model outputs."""
+    pipe, call = tiny("flux")
+    longer = Schedule((4, 4, 4), (0.3, 0.45, 1.0), 0.3, (5.0, 2.6, 2.2), 6.0)
+    solver = ConsistencySolverScheduler.from_scheduler(pipe.scheduler, order=3)
+    with torch.no_grad():
+        solver.policy.mlp[-1].bias.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
+    inputs, outputs = [], []
+
+    def look(_, args, given, out):
+        inputs.append(given["hidden_states"])
+        outputs.append(out[0])
+
+    hook = pipe.transformer.register_forward_hook(look, with_kwargs=True)
+    learned = run(pipe, call, schedule=longer, scheduler=solver).latents_BCHW
+    hook.remove()
+    for stage, sigmas in enumerate(longer.stage_sigmas()):
+        set_grid(solver, sigmas)
+        for i in range(4 * stage, 4 * stage + 3):
+            stepped = solver.step(outputs[i], solver.timesteps[i - 4 * stage], inputs[i], return_dict=False)[0]
+            torch.testing.assert_close(stepped, inputs[i + 1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(learned, run(pipe, call, schedule=longer).latents_BCHW)
 
 
 @pytest.mark.parametrize("family", ["flux", "qwen-image"])
