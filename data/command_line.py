@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 
 DTYPES = ("float32", "bfloat16", "float16")
+MOST_CHARACTERS = 2000  # of an error, which may quote a file that somebody crafted
 
 
 def answer_help(args: Sequence[str] | None, text: str, *configs: type, more: str = "") -> None:
@@ -42,11 +43,17 @@ def errors_as_sentences(command: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{command}: {' '.join(str(error).split())}")
+        sys.exit(f"{command}: {_printable(str(error))}")
     except (RuntimeError, MemoryError) as error:
         if not re.search("out of memory|can't allocate memory", str(error)) and not isinstance(error, MemoryError):
             raise
         sys.exit(f"{command}: this does not fit into memory; take a smaller size or batch, or another --device.")
+
+
+def _printable(text: str) -> str:
+    """One line, without what a terminal would obey, and no longer than somebody reads."""
+    line = " ".join("".join(one if one.isprintable() else " " for one in text).split())
+    return line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]} ..."
 
 
 def as_list(value: object) -> object:

@@ -158,13 +158,16 @@ class Teacher:
         ]
 
 
-def open_pipeline(model: str, dtype: torch.dtype = torch.float32, pipeline: str | None = None) -> DiffusionPipeline:
+def open_pipeline(
+    model: str, dtype: torch.dtype = torch.float32, pipeline: str | None = None, only_here: bool = False
+) -> DiffusionPipeline:
     """A stock pipeline on the CPU with the scheduler that it came with, silent.
 
     Args:
         model: hub id or local folder.
         dtype: of everything but the VAE, which stays in float32: it runs once a picture, and overflows in float16.
         pipeline: diffusers class that is to run the model; the model's own where it is None.
+        only_here: nothing is fetched from the hub.
 
     Raises:
         OSError: there is no such model.
@@ -173,8 +176,9 @@ def open_pipeline(model: str, dtype: torch.dtype = torch.float32, pipeline: str 
     pipeline_class = getattr(diffusers, pipeline or "DiffusionPipeline", None)
     if not (inspect.isclass(pipeline_class) and issubclass(pipeline_class, DiffusionPipeline)):
         raise ValueError(f"pipeline={pipeline!r} is not a pipeline class of diffusers {diffusers.__version__}.")
+    dtypes = {"default": dtype, "vae": torch.float32}
     try:
-        pipe = pipeline_class.from_pretrained(model, dtype={"default": dtype, "vae": torch.float32})
+        pipe = pipeline_class.from_pretrained(model, dtype=dtypes, local_files_only=only_here)
     except OSError as error:
         if Path(model).is_dir():
             raise OSError(f"model {model!r} is incomplete: {error}") from error

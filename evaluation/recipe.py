@@ -106,8 +106,8 @@ class Made(NamedTuple):
     checkpoint: Checkpoint | None = None
 
 
-def load_solver(pipe: DiffusionPipeline, recipe: Recipe) -> ConsistencySolverScheduler | None:
-    """The learned solver of a recipe, None where it has none.
+def load_solver(pipe: DiffusionPipeline, recipe: Recipe, only_here: bool = False) -> ConsistencySolverScheduler | None:
+    """The learned solver of a recipe, None where it has none; `only_here`, nothing is fetched from the hub.
 
     Raises:
         OSError: there is no such solver.
@@ -115,7 +115,7 @@ def load_solver(pipe: DiffusionPipeline, recipe: Recipe) -> ConsistencySolverSch
     """
     if recipe.method not in LEARNED:
         return None
-    return solvers.load_solver(recipe.solver, pipe.scheduler)
+    return solvers.load_solver(recipe.solver, pipe.scheduler, only_here)
 
 
 @torch.no_grad()
@@ -178,6 +178,12 @@ def size(pipe: DiffusionPipeline, recipe: Recipe) -> tuple[int, int]:
     given = (recipe.height, recipe.width)
     height, width = (default if side is None else side for side, default in zip(given, own, strict=True))
     return height, width
+
+
+def picture_size(pipe: DiffusionPipeline, recipe: Recipe) -> tuple[int, int]:
+    """Height and width of the picture, in pixels."""
+    height, width = size(pipe, recipe)
+    return (height // 2, width // 2) if recipe.method in SMALL else (height, width)
 
 
 def _guidance(pipe: DiffusionPipeline, recipe: Recipe) -> dict:

@@ -70,8 +70,12 @@ class Samples(NamedTuple):
         return [self.prompts, self.seeds, self.guidance_scale, *sources]
 
 
-def load_pipeline(model: str, dtype: str, device: str | None, pipeline: str | None = None) -> DiffusionPipeline:
+def load_pipeline(
+    model: str, dtype: str, device: str | None, pipeline: str | None = None, only_here: bool = False
+) -> DiffusionPipeline:
     """A pipeline with its own scheduler, the VAE in float32, on the GPU if there is one and `device` is None.
+
+    With `only_here` nothing is fetched from the hub.
 
     Raises:
         OSError: there is no such model.
@@ -82,7 +86,7 @@ def load_pipeline(model: str, dtype: str, device: str | None, pipeline: str | No
         torch.zeros(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r}: expected one that torch finds here, such as cpu.") from error
-    return open_pipeline(model, getattr(torch, dtype), pipeline).to(device)
+    return open_pipeline(model, getattr(torch, dtype), pipeline, only_here).to(device)
 
 
 class NotFiniteError(ValueError):

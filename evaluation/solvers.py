@@ -172,10 +172,13 @@ def learned(path: str, own: SchedulerMixin, untrained: bool = False) -> dict[str
     return {OWN_GRID: make}
 
 
-def load_solver(path: str, own: SchedulerMixin) -> ConsistencySolverScheduler:
-    """A learned solver for pipelines with the noise schedule of `own`. Raises as `learned` does."""
+def load_solver(path: str, own: SchedulerMixin, only_here: bool = False) -> ConsistencySolverScheduler:
+    """A learned solver for pipelines with the noise schedule of `own`, `only_here` not from the hub.
+
+    Raises as `learned` does.
+    """
     try:
-        solver = ConsistencySolverScheduler.from_pretrained(path)
+        solver = ConsistencySolverScheduler.from_pretrained(path, local_files_only=only_here)
     except OSError as error:
         raise OSError(f"{path!r} is no learned solver: {error}") from error
     solver.check_compatible(own)

@@ -13,7 +13,6 @@ from lighttable.table import LightTable
 class Parts:
     """The components that events read or change, and a place for a message under each that can be wrong."""
 
-    visit: gr.State
     more: gr.Accordion | None = None  # opens where one of its fields is wrong
     fields: dict[str, gr.components.Component] = field(default_factory=dict)
     slots: dict[str, gr.HTML] = field(default_factory=dict)
@@ -24,8 +23,9 @@ class Parts:
 
     def place(self, name: str, component: gr.components.Component) -> None:
         """A field of the form, with the place for its message."""
+        component.elem_id = f"field-{name}"
         self.fields[name] = component
-        self.slots[name] = gr.HTML(visible=False)
+        self.slots[name] = slot(name)
 
 
 class Picks(gr.CheckboxGroup):
@@ -37,9 +37,14 @@ class Picks(gr.CheckboxGroup):
         return payload
 
 
-def lay_out(table: LightTable, forget) -> Parts:
-    """Everything, within `gr.Blocks`. `forget` is called with a visit that is over."""
-    parts = Parts(gr.State(None, delete_callback=forget))
+def slot(name: str) -> gr.HTML:
+    """The place for what is wrong with a field."""
+    return gr.HTML(visible=False, elem_id=f"wrong-{name}")
+
+
+def lay_out(table: LightTable) -> Parts:
+    """Everything, within `gr.Blocks`."""
+    parts = Parts()
     gr.Markdown("# The light table\nMany quick previews, one pick, one full render of exactly that picture.")
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
@@ -75,9 +80,9 @@ def _row(parts: Parts, *fields: tuple[str, float | bool, str, str | None]) -> No
     with gr.Row(equal_height=True):
         for name, value, label, about in fields:
             kind = gr.Checkbox if isinstance(value, bool) else gr.Number
-            parts.fields[name] = kind(value, label=label, info=about, min_width=140)
+            parts.fields[name] = kind(value, label=label, info=about, min_width=140, elem_id=f"field-{name}")
     for name, *_ in fields:
-        parts.slots[name] = gr.HTML(visible=False)
+        parts.slots[name] = slot(name)
 
 
 def _sheet_tab(parts: Parts) -> None:
@@ -87,7 +92,7 @@ def _sheet_tab(parts: Parts) -> None:
     sheet["gallery"] = _gallery("Proof sheet: click a picture to pick it", allow_preview=False, elem_id="sheet")
     with gr.Column(visible=False) as sheet["picking"]:
         sheet["picks"] = Picks([], label="Picked", info="The pictures to refine.", elem_id="picks")
-        parts.slots["picks"] = gr.HTML(visible=False)
+        parts.slots["picks"] = slot("picks")
         refine["cost"] = gr.HTML(elem_classes="cost")
         _run_and_stop(refine, "Refine the picked pictures")
     with gr.Column(visible=False) as refine["results"]:
@@ -109,7 +114,7 @@ def _compare_tab(parts: Parts, table: LightTable) -> None:
     compare = parts.compare
     about = f"{fewest} to {most} methods, a row each, from the seeds of the form."
     compare["methods"] = gr.CheckboxGroup(_methods(table), value=table.methods[:fewest], label="Methods", info=about)
-    parts.slots["methods"] = gr.HTML(visible=False)
+    parts.slots["methods"] = slot("methods")
     compare["cost"] = gr.HTML(elem_classes="cost")
     _run_and_stop(compare, "Compare")
     compare["rows"] = [_gallery("", columns=8, visible=False) for _ in range(most)]
@@ -123,7 +128,7 @@ def _history_tab(parts: Parts) -> None:
 
 
 def _run_and_stop(part: dict, label: str) -> None:
-    part["asked"] = gr.Textbox(label="asked", visible="hidden")  # a run begins where it changes
+    part["ticket"] = gr.Textbox(label="Ticket", visible="hidden")  # where it changes, its run joins the queue
     with gr.Row():
         part["run"] = gr.Button(label, variant="primary", scale=4)
         part["stop"] = gr.Button("Stop", variant="stop", scale=1, min_width=80)

@@ -82,10 +82,25 @@ const slide = (handle) => {
     tell();
 };
 """
+# A field says that it is wrong, and where that is explained; what is explained out of sight comes into it.
+WRONG = """
+const explain = () => {
+    for (const place of document.querySelectorAll("[id^=field-]")) {
+        const slot = document.getElementById(place.id.replace("field-", "wrong-"));
+        const wrong = slot?.querySelector(".wrong");
+        for (const field of place.querySelectorAll("input, textarea")) {
+            if (wrong) Object.assign(field, {ariaInvalid: "true"}).setAttribute("aria-describedby", slot.id);
+            else if (field.ariaInvalid) { field.ariaInvalid = null; field.removeAttribute("aria-describedby"); }
+        }
+        if (wrong && !wrong.dataset.seen) { wrong.dataset.seen = "yes"; wrong.scrollIntoView({block: "nearest"}); }
+    }
+};
+"""
 # What gradio names by a number, or not at all, is named by what is written on it; places for news say that they are.
 NAME = """
 const name = (one, label) => { if (label && one.ariaLabel !== label) one.ariaLabel = label; };
 const mend = () => {
+    explain();
     for (const picture of document.querySelectorAll(".shelf .thumbnail-item")) {
         const image = picture.querySelector("img");
         name(picture, picture.querySelector(".caption-label")?.textContent.trim() || image?.title);
@@ -105,7 +120,7 @@ const mend = () => {
 new MutationObserver(mend).observe(document.body, {childList: true, subtree: true, attributeFilter: ["aria-label"]});
 mend();
 """
-SCRIPT = f"() => {{{PICK}{SLIDE}{NAME}}}"
+SCRIPT = f"() => {{{PICK}{SLIDE}{WRONG}{NAME}}}"
 DARK_TEXT, LIGHT_TEXT = "*neutral_700", "*neutral_200"
 
 

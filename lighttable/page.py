@@ -6,7 +6,7 @@ numbers, or files that a visit wrote under `output`; what a visitor typed reache
 
 import logging
 import os
-import secrets
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from lighttable.components import Parts, lay_out
 from lighttable.form import Form, FormError, compared, picks, recipes
 from lighttable.looks import CSS, SCRIPT, theme
 from lighttable.table import LightTable, Stopped
-from lighttable.visit import Kept, Visit
+from lighttable.visit import SILENT_SECONDS, Kept, Visit, Visits
 
 log = logging.getLogger(__name__)
 PROGRESS = gr.Progress()  # as a default argument, it asks gradio for the event's own
@@ -28,14 +28,13 @@ AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private
 ON_DEVICE = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
 STOPPED = "Stopped. What was finished is in the history."
 MORE = ("negative_prompt", "guidance_scale", "full_steps", "height", "width")  # fields that may be folded away
-KEPT_SECONDS = 24 * 3600  # of gradio's copies of pictures
 
 
 def build(table: LightTable, output: Path) -> gr.Blocks:
     """The page of a light table whose visits write under `output`."""
-    with gr.Blocks(title="Light table", analytics_enabled=False, delete_cache=(3600, KEPT_SECONDS)) as page:
-        parts = lay_out(table, forget=lambda visit: visit and visit.end())
-        _wire(page, parts, Events(table, output, parts, page))
+    with gr.Blocks(title="Light table", analytics_enabled=False, delete_cache=(3600, SILENT_SECONDS)) as page:
+        parts = lay_out(table)
+        _wire(page, parts, Events(table, Visits(output), parts, page))
     return page
 
 
@@ -45,13 +44,13 @@ def serve(table: LightTable, output: Path, waiting: int = 16, **launch) -> gr.Bl
     Args:
         table: the light table.
         output: folder of all pictures.
-        waiting: visitors who may wait for the device; the next one is told to come back.
+        waiting: runs that may wait for the device; who asks for the next one is told to come back.
         launch: of `gradio.Blocks.launch`: `server_name`, `server_port`, ...
     """
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(output)  # the one folder that gradio serves files from
-    page = build(table, output / "visits")
+    page = build(table, output)
     page.queue(max_size=waiting, api_open=False)
     looks = {"css": CSS, "js": SCRIPT, "theme": theme(), "footer_links": ["settings"]}
     page.launch(show_error=False, max_file_size="1kb", ssr_mode=False, **looks, **launch)
@@ -63,46 +62,42 @@ class Events:
 
     Args:
         table: the light table, one for all visitors.
-        output: folder of the visits.
+        visits: of all pages.
         parts: the components, which are the keys of what is answered.
         page: whose queue they wait in.
     """
 
-    def __init__(self, table: LightTable, output: Path, parts: Parts, page: gr.Blocks):
-        self.table, self.output, self.parts, self.page = table, output, parts, page
-        self.visits: dict[str, Visit] = {}  # of pages that are open, by gradio's name of the session
+    def __init__(self, table: LightTable, visits: Visits, parts: Parts, page: gr.Blocks):
+        self.table, self.visits, self.parts, self.page = table, visits, parts, page
 
     # Coming and going
 
-    def arrive(self, request: gr.Request) -> Visit:
-        visit = Visit(self.output, request.session_hash)
-        self.visits[visit.session] = visit
-        return visit
+    def arrive(self, request: gr.Request) -> None:
+        self.visits.arrive(request.session_hash)
 
     def leave(self, request: gr.Request) -> None:
-        """A closed page frees the device; its files stay for an hour, in case it comes back."""
-        visit = self.visits.pop(request.session_hash, None)
-        if visit is not None:
-            visit.stop.set()
+        self.visits.leave(request.session_hash)
 
     # Before a run
 
     def cost(self, given: dict) -> dict:
         """What sheet and comparison will cost, or what is wrong with the form.
 
-        An empty prompt is not wrong yet, and what a run said of it stays: this answer may come after that one.
+        An empty prompt is not wrong yet. What was said when a run was asked for, and is still so, stays: this answer
+        may come after that one.
         """
         form, methods = self._form(given), given[self.parts.compare["methods"]]
-        is_empty = not (isinstance(form.prompts, str) and form.prompts.strip())
-        if is_empty:
-            form = replace(form, prompts="?")
+        said = {"picks"}
+        if not (isinstance(form.prompts, str) and form.prompts.strip()):
+            form, said = replace(form, prompts="?"), {"picks", "prompts"}
         sheet, error = self._cost(lambda: recipes(form, self.table))
         rows, compare_error = self._cost(lambda: [one for row in compared(form, methods, self.table) for one in row])
-        if error is None and compare_error is not None and compare_error.field == "methods":
-            error = compare_error
+        if error is None and compare_error is not None:
+            rows = wording.said(str(compare_error))
+            said.add(compare_error.field)
         messages = self._messages(error)
-        if is_empty:
-            del messages[self.parts.slots["prompts"]]
+        for name in said:
+            del messages[self.parts.slots[name]]
         return {self.parts.sheet["cost"]: sheet, self.parts.compare["cost"]: rows, **messages}
 
     def _cost(self, ask: Callable) -> tuple[str, FormError | None]:
@@ -111,38 +106,38 @@ class Events:
         except FormError as error:
             return "", error
 
-    def refine_cost(self, visit: Visit | None, picked: list | None) -> str:
+    def refine_cost(self, picked: list | None, request: gr.Request) -> str:
         """What refining the picks will cost; nothing is wrong yet if there are none."""
-        sheet = visit.sheet if visit else []
         try:
+            sheet = self.visits.of(request.session_hash).sheet
             recipes = [sheet[number].recipe for number in picks(picked, names(sheet))]
-        except FormError:
+        except ValueError:
             return ""
         return wording.said(wording.costs(self.table.estimate_refinements(recipes)))
 
-    # What is wrong is said at once; what is right waits for the device
+    # What is wrong is said at once; what is right gets a ticket, and waits for the device
 
-    def ask_for_sheet(self, given: dict) -> dict:
-        return self._asked(self.parts.sheet, given, lambda: recipes(self._form(given), self.table))
+    def ask_for_sheet(self, given: dict, request: gr.Request) -> dict:
+        return self._ask("sheet", request, lambda visit: recipes(self._form(given), self.table))
 
-    def ask_to_refine(self, given: dict) -> dict:
-        return self._asked(self.parts.refine, given, lambda: self._picked(given))
+    def ask_to_refine(self, given: dict, request: gr.Request) -> dict:
+        return self._ask("refine", request, lambda visit: self._picked(visit, given))
 
-    def ask_to_compare(self, given: dict) -> dict:
+    def ask_to_compare(self, given: dict, request: gr.Request) -> dict:
         methods = given[self.parts.compare["methods"]]
-        return self._asked(self.parts.compare, given, lambda: compared(self._form(given), methods, self.table))
+        return self._ask("compare", request, lambda visit: compared(self._form(given), methods, self.table))
 
-    def _asked(self, part: dict, given: dict, check: Callable) -> dict:
-        """A new name for the run that is asked for, at which it joins the queue; or why it cannot be."""
+    def _ask(self, run: str, request: gr.Request, check: Callable) -> dict:
+        part = self._part(run)
         try:
-            self._visit(given)
-            check()
+            visit = self.visits.of(request.session_hash)
+            check(visit)
             self._check_queue()
         except FormError as error:
-            return self._messages(error) | {part["status"]: ""}
+            return self._messages(error)
         except ValueError as error:
             return self._messages() | {part["status"]: wording.wrong(str(error))}
-        return self._messages() | {part["status"]: "", part["asked"]: secrets.token_hex(8)}
+        return self._messages() | {part["status"]: "", part["ticket"]: visit.ask(run)}
 
     def _check_queue(self) -> None:
         """Raises ValueError if it is full: gradio would say so in a corner of the page, for a few seconds."""
@@ -153,13 +148,13 @@ class Events:
 
     # Runs
 
-    def make_sheet(self, given: dict, progress=PROGRESS) -> Iterator[dict]:
-        yield from self._guarded(self.parts.sheet, lambda: self._sheet(given, progress))
+    def make_sheet(self, given: dict, request: gr.Request, progress=PROGRESS) -> Iterator[dict]:
+        yield from self._guarded("sheet", given, request, progress, self._sheet)
 
-    def _sheet(self, given: dict, progress: gr.Progress) -> Iterator[dict]:
-        sheet, refine, visit = self.parts.sheet, self.parts.refine, self._visit(given)
-        asked = recipes(self._form(given), self.table)
-        several = len({recipe.prompt for recipe in asked}) > 1
+    def _sheet(self, given: dict, visit: Visit, stop: threading.Event, progress: gr.Progress) -> Iterator[dict]:
+        sheet, refine = self.parts.sheet, self.parts.refine
+        wanted = recipes(self._form(given), self.table)
+        several = len({recipe.prompt for recipe in wanted}) > 1
         yield {
             sheet["gallery"]: [],
             sheet["picks"]: gr.update(choices=[], value=[]),
@@ -167,22 +162,21 @@ class Events:
             refine["results"]: gr.update(visible=False),
             refine["status"]: "",
         }
-        for made in runs.sheet(self.table, visit, asked, visit.begin(), told(progress, len(asked))):
+        for made in runs.sheet(self.table, visit, wanted, stop, told(progress, len(wanted))):
             yield {
                 sheet["gallery"]: shown(made, several),
                 sheet["picks"]: gr.update(choices=choices(made)),
                 sheet["picking"]: gr.update(visible=True),
-                sheet["status"]: wording.said(f"{len(made)} of {wording.count(len(asked), 'picture')}."),
+                sheet["status"]: wording.said(f"{len(made)} of {wording.count(len(wanted), 'picture')}."),
             }
 
-    def refine(self, given: dict, progress=PROGRESS) -> Iterator[dict]:
-        yield from self._guarded(self.parts.refine, lambda: self._refine(given, progress))
+    def refine(self, given: dict, request: gr.Request, progress=PROGRESS) -> Iterator[dict]:
+        yield from self._guarded("refine", given, request, progress, self._refine)
 
-    def _refine(self, given: dict, progress: gr.Progress) -> Iterator[dict]:
-        refine, visit = self.parts.refine, self._visit(given)
-        numbers = self._picked(given)
+    def _refine(self, given: dict, visit: Visit, stop: threading.Event, progress: gr.Progress) -> Iterator[dict]:
+        refine, numbers = self.parts.refine, self._picked(visit, given)
         estimate = self.table.estimate([kept.recipe for kept in visit.sheet])
-        for pairs in runs.refinements(self.table, visit, numbers, visit.begin(), told(progress, len(numbers))):
+        for pairs in runs.refinements(self.table, visit, numbers, stop, told(progress, len(numbers))):
             refined = [pair.full.evaluations for pair in pairs]
             scores = wording.scores_table((wording.title(pair.preview.recipe), pair.scores) for pair in pairs)
             yield {
@@ -193,15 +187,15 @@ class Events:
                 refine["status"]: wording.said(wording.saved(estimate, refined, pairs[-1].full.recipe.steps)),
             }
 
-    def compare(self, given: dict, progress=PROGRESS) -> Iterator[dict]:
-        yield from self._guarded(self.parts.compare, lambda: self._compare(given, progress))
+    def compare(self, given: dict, request: gr.Request, progress=PROGRESS) -> Iterator[dict]:
+        yield from self._guarded("compare", given, request, progress, self._compare)
 
-    def _compare(self, given: dict, progress: gr.Progress) -> Iterator[dict]:
-        visit, galleries = self._visit(given), self.parts.compare["rows"]
-        asked = compared(self._form(given), given[self.parts.compare["methods"]], self.table)
-        total, columns = sum(map(len, asked)), min(max(len(asked[0]), 4), 8)
+    def _compare(self, given: dict, visit: Visit, stop: threading.Event, progress: gr.Progress) -> Iterator[dict]:
+        galleries = self.parts.compare["rows"]
+        wanted = compared(self._form(given), given[self.parts.compare["methods"]], self.table)
+        total, columns = sum(map(len, wanted)), min(max(len(wanted[0]), 4), 8)
         yield {gallery: gr.update(value=[], visible=False, columns=columns) for gallery in galleries}
-        for made in runs.comparison(self.table, visit, asked, visit.begin(), told(progress, total)):
+        for made in runs.comparison(self.table, visit, wanted, stop, told(progress, total)):
             done = sum(map(len, made))
             rows = {
                 gallery: gr.update(value=shown(row), label=METHODS[row[0].recipe.method], visible=True)
@@ -210,35 +204,45 @@ class Events:
             }
             yield rows | {self.parts.compare["status"]: wording.said(f"{done} of {wording.count(total, 'picture')}.")}
 
-    def stop(self, visit: Visit | None) -> str:
-        if visit is not None:
-            visit.stop.set()
-        return wording.said(STOPPED if visit and visit.history else "Stopped.")
+    def stop(self, run: str, request: gr.Request) -> dict:
+        """Ends what the visitor's page has running or waiting; the answer stands where that was asked for."""
+        visit = self.visits.of(request.session_hash)
+        stopped = wording.said(STOPPED if visit.history else "Stopped.")
+        news = {self._part(one)["status"]: stopped for one in visit.halt()}
+        return news or {self._part(run)["status"]: wording.said("Nothing is running.")}
 
     # Looking
 
-    def look(self, visit: Visit | None, event: gr.SelectData):
+    def look(self, request: gr.Request, event: gr.SelectData):
         """A refined picture beside its preview."""
-        pairs = visit.refined if visit else []
+        pairs = self.visits.of(request.session_hash).refined
         return pairs[event.index].side_by_side() if event.index < len(pairs) else None
 
-    def history(self, visit: Visit | None) -> tuple:
-        made = visit.look_back() if visit else []
+    def history(self, request: gr.Request) -> tuple:
+        made = self.visits.of(request.session_hash).look_back()
         pictures = [(str(kept.path), wording.title(kept.recipe)) for kept in made]
         return pictures, [str(kept.path) for kept in made], ""
 
-    def facts(self, visit: Visit | None, event: gr.SelectData) -> str:
-        made = visit.seen if visit else []  # what is shown: a run that goes on has made more
+    def facts(self, request: gr.Request, event: gr.SelectData) -> str:
+        made = self.visits.of(request.session_hash).seen  # what is shown: a run that goes on has made more
         return wording.facts_table(made[event.index].facts) if event.index < len(made) else ""
 
     # Shared
 
-    def _guarded(self, part: dict, run: Callable[[], Iterator[dict]]) -> Iterator[dict]:
-        """What a run yields, after the messages of the last one; an error is a sentence, next to its field if any."""
-        status = part["status"]
+    def _guarded(
+        self, run: str, given: dict, request: gr.Request, progress: gr.Progress, make: Callable
+    ) -> Iterator[dict]:
+        """What a run yields, after the messages of the last one; an error is a sentence, next to its field if any.
+
+        Nothing, where the run was stopped or asked for again before its turn came.
+        """
+        status, visit = self._part(run)["status"], self.visits.of(request.session_hash)
+        stop = visit.begin(run, given[self._part(run)["ticket"]])
+        if stop is None:
+            return
         yield self._messages() | {status: ""}
         try:
-            yield from run()
+            yield from make(given, visit, stop, progress)
         except FormError as error:
             yield self._messages(error)
         except Stopped:
@@ -251,6 +255,8 @@ class Events:
         except Exception:  # the page's edge: the visitor gets a sentence, the log the rest, and the server lives on
             log.exception("A run failed.")
             yield {status: wording.wrong("Something went wrong; the server's log says what. Please try again.")}
+        finally:
+            visit.finish(stop)
 
     def _messages(self, error: FormError | None = None) -> dict:
         """All places for messages: empty, but that of the error, which is unfolded."""
@@ -264,21 +270,16 @@ class Events:
     def _form(self, given: dict) -> Form:
         return Form(**{name: given[component] for name, component in self.parts.fields.items()})
 
-    def _picked(self, given: dict) -> list[int]:
-        return picks(given[self.parts.sheet["picks"]], names(self._visit(given).sheet))
+    def _picked(self, visit: Visit, given: dict) -> list[int]:
+        return picks(given[self.parts.sheet["picks"]], names(visit.sheet))
 
-    def _visit(self, given: dict) -> Visit:
-        """Raises ValueError for a visitor whom the server does not know, or no longer."""
-        visit = given[self.parts.visit]
-        if visit is None:
-            raise ValueError("The server does not know this page any more; please reload it.")
-        self.visits[visit.session] = visit  # a page that was gone is here again, and may go again
-        return visit
+    def _part(self, run: str) -> dict:
+        return getattr(self.parts, run)
 
 
 def _wire(page: gr.Blocks, parts: Parts, events: Events) -> None:
     """Which component calls what."""
-    visit, sheet, refine, compare, history = parts.visit, parts.sheet, parts.refine, parts.compare, parts.history
+    sheet, refine, compare, history = parts.sheet, parts.refine, parts.compare, parts.history
     form = [*parts.fields.values()]
     rows = [*form, compare["methods"]]
     costs = {
@@ -286,7 +287,7 @@ def _wire(page: gr.Blocks, parts: Parts, events: Events) -> None:
         "inputs": {*rows},
         "outputs": [sheet["cost"], compare["cost"], *parts.slots.values(), parts.more],
     }
-    page.load(events.arrive, None, visit, **AT_ONCE).then(**costs, **AT_ONCE)
+    page.load(events.arrive, None, None, **AT_ONCE).then(**costs, **AT_ONCE)
     page.unload(events.leave)
     changes = [component.change for component in rows]
     gr.on(changes, **costs, trigger_mode="always_last", **AT_ONCE)
@@ -299,22 +300,33 @@ def _wire(page: gr.Blocks, parts: Parts, events: Events) -> None:
         _run(parts, refine, [refine["run"].click], events.ask_to_refine, events.refine, [sheet["picks"]], results),
         _run(parts, compare, [compare["run"].click], events.ask_to_compare, events.compare, rows, compare["rows"]),
     ]
-    past = (events.history, visit, [history["gallery"], history["files"], history["facts"]])
+    past = (events.history, None, [history["gallery"], history["files"], history["facts"]])
     for run in running:
         run.then(*past, **AT_ONCE)
-    for part in (sheet, refine, compare):
-        part["stop"].click(events.stop, visit, part["status"], cancels=running, **AT_ONCE).then(*past, **AT_ONCE)
-    sheet["picks"].change(events.refine_cost, [visit, sheet["picks"]], refine["cost"], **AT_ONCE)
-    refine["gallery"].select(events.look, visit, refine["slider"], **AT_ONCE)
-    history["gallery"].select(events.facts, visit, history["facts"], **AT_ONCE)
+    news = [part["status"] for part in (sheet, refine, compare)]
+    for name in ("sheet", "refine", "compare"):
+
+        def stop(request: gr.Request, name: str = name) -> dict:
+            return events.stop(name, request)
+
+        getattr(parts, name)["stop"].click(stop, None, news, cancels=running, **AT_ONCE).then(*past, **AT_ONCE)
+    sheet["picks"].change(events.refine_cost, sheet["picks"], refine["cost"], **AT_ONCE)
+    refine["gallery"].select(events.look, None, refine["slider"], **AT_ONCE)
+    history["gallery"].select(events.facts, None, history["facts"], **AT_ONCE)
 
 
 def _run(parts: Parts, part: dict, asks: list, ask: Callable, run: Callable, inputs: list, outputs: list):
-    """A button asks, which is answered at once; what it asks for, if nothing is wrong, waits for the device."""
-    visit, news = parts.visit, [part["status"], *parts.slots.values(), parts.more]
-    gr.on(asks, ask, {visit, *inputs}, [part["asked"], *news], **AT_ONCE)
-    return part["asked"].change(
-        run, {visit, *inputs}, [*outputs, *news], show_progress_on=part["status"], trigger_mode="once", **ON_DEVICE
+    """A button asks, which is answered at once; what it asks for, if nothing is wrong, waits for the device.
+
+    Asked for again, it joins the queue again: the ticket of the earlier run is void by then.
+    """
+    ticket, news = part["ticket"], [part["status"], *parts.slots.values(), parts.more]
+    gr.on(asks, ask, {*inputs}, [ticket, *news], **AT_ONCE)
+    return ticket.change(
+        *(run, {ticket, *inputs}, [*outputs, *news]),
+        show_progress_on=part["status"],
+        trigger_mode="multiple",
+        **ON_DEVICE,
     )
 
 

@@ -25,7 +25,7 @@ from evaluation.recipe import LEARNED, METHODS, SMALL, Made, Recipe, go_on, load
 from evaluation.remembered import remembered, surroundings
 from evaluation.rendering import load_pipeline
 from rewards import Reward, load_reward
-from solver.samplers.calls import guides_by_true_cfg
+from solver.samplers.calls import branches, guides_by_true_cfg
 from solver.samplers.cascade import is_flow
 from solver.samplers.latents import default_size, denoiser
 from solver.samplers.preview import Checkpoint
@@ -103,7 +103,7 @@ class LightTable:
         self._around = surroundings(pipe, model, dtype)
         self._around_learned = surroundings(pipe, model, dtype, self.learned)
         self._device = threading.Lock()
-        self._seconds: tuple[float, float] | None = None  # an evaluation takes a pixel, a picture besides
+        self._seconds: tuple[float, float] | None = None  # a row takes a pixel, a picture besides
 
     @property
     def methods(self) -> list[str]:
@@ -135,7 +135,8 @@ class LightTable:
         if self._seconds is not None:
             a_pixel, besides = self._seconds
             height, width = size(self.pipe, recipes[0])
-            seconds = done * a_pixel * height * width + besides * len(recipes)
+            rows = done * branches(self.pipe, recipes[0].guidance_scale)
+            seconds = rows * a_pixel * height * width + besides * len(recipes)
         return Estimate(len(recipes), sum(one.evaluations for one in works), done / full, seconds)
 
     def estimate_refinements(self, previews: Sequence[Recipe]) -> Estimate:
@@ -235,7 +236,8 @@ class LightTable:
         if recipe.method not in SMALL and len(looks) > calls_each:
             each = (looks[-1] - looks[0]) / (len(looks) - 1) * calls_each
             height, width = size(self.pipe, recipe)
-            self._seconds = (each / (height * width), max(seconds - each * len(looks) / calls_each, 0.0))
+            rows = branches(self.pipe, recipe.guidance_scale)
+            self._seconds = (each / (rows * height * width), max(seconds - each * len(looks) / calls_each, 0.0))
         around = self._around_learned if recipe.method in LEARNED else self._around
         facts = remembered(self.pipe, recipe, around)
         return Picture(recipe, made.image, facts, evaluations, seconds, made.checkpoint)

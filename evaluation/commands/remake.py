@@ -6,11 +6,13 @@
 PNGs of `sample.py solver` and `refine` and of the light table remember prompt, seed, model, solver, steps and sizes.
 On the same device, with the same weights and versions, the new picture is the old one, bit for bit; the command says
 whether it is, and if not, what differs. `--model` and `--solver` say where model and learned solver are now; without
-them, those that the PNG names are loaded, if need be from the hub. An edit remembers the sha256 of the picture that
-was edited, and needs that picture.
+them, those that the PNG names are loaded, if they are here: a file does not decide what is downloaded. An edit
+remembers the sha256 of the picture that was edited, and needs that picture.
 """
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data.command_line import DTYPES
@@ -31,7 +33,7 @@ def run(given: Namespace) -> str:
     """Writes the picture, and says how it compares. Raises ValueError or OSError as `evaluation.remembered` says."""
     from dataclasses import replace
 
-    from evaluation.recipe import LEARNED, load_solver, make
+    from evaluation.recipe import LEARNED, check, load_solver, make, picture_size
     from evaluation.remembered import read, recipe_of, remembered, surroundings
     from evaluation.rendering import load_pipeline
     from evaluation.single import save_png
@@ -47,12 +49,32 @@ def run(given: Namespace) -> str:
         raise ValueError(f"{given.picture} does not say its model; give --model.")
     if dtype not in DTYPES:
         raise ValueError(f"{given.picture} says dtype {dtype[:40]!r}; give --dtype.")
-    pipe = load_pipeline(model, dtype, given.device, pipeline_class(facts))
-    learned = load_solver(pipe, recipe)
+    with _named_by_the_file("model", model, given.model):
+        pipe = load_pipeline(model, dtype, given.device, pipeline_class(facts), only_here=given.model is None)
+    check(pipe, recipe)
+    height, width = picture_size(pipe, recipe)
+    if then.size != (width, height):
+        raise ValueError(
+            f"{given.picture} has {then.width} x {then.height} pixels, and remembers a picture of {width} x {height}: "
+            "it was changed since."
+        )
+    with _named_by_the_file("solver", recipe.solver, given.solver):
+        learned = load_solver(pipe, recipe, only_here=given.solver is None)
     again = make(pipe, recipe, learned).image
     now = remembered(pipe, recipe, surroundings(pipe, model, dtype, learned))
     save_png(again, path, now)
     return f"{path}: {compared(then, again, facts, now)}"
+
+
+@contextmanager
+def _named_by_the_file(part: str, name: str, given: str | None) -> Iterator[None]:
+    """Says how to fetch what only the file names."""
+    try:
+        yield
+    except OSError as error:
+        if given is not None:
+            raise
+        raise OSError(f"{error} To fetch what the file names, say so: --{part} {name}") from error
 
 
 def compared(then, again, facts: dict[str, str], now: dict[str, str]) -> str:
@@ -60,8 +82,6 @@ def compared(then, again, facts: dict[str, str], now: dict[str, str]) -> str:
     import torch
     from torchvision.transforms.functional import pil_to_tensor
 
-    if then.size != again.size:
-        return f"not the same picture: {_size(then)} then, {_size(again)} now. {_differing(facts, now)}"
     apart = (pil_to_tensor(then).int() - pil_to_tensor(again.convert("RGB")).int()).abs()
     if not apart.any():
         return "the same picture, bit for bit."
@@ -73,7 +93,7 @@ def compared(then, again, facts: dict[str, str], now: dict[str, str]) -> str:
 
 
 def _differing(facts: dict[str, str], now: dict[str, str]) -> str:
-    names = [name for name in now if name in facts and facts[name] != now[name]]
+    names = [name for name in now if name in facts and not _same(facts[name], now[name])]
     names = [name for name in names if name != "image"]  # a path; its digest tells pictures apart
     if names:
         pairs = "; ".join(f"{name}: {facts[name][:200]!r} then, {now[name]!r} now" for name in names)
@@ -85,5 +105,9 @@ def _differing(facts: dict[str, str], now: dict[str, str]) -> str:
     return "All that the file remembers is the same, so the picture in it was changed, or the device rounds otherwise."
 
 
-def _size(image) -> str:
-    return f"{image.width} x {image.height}"
+def _same(then: str, now: str) -> bool:
+    """Of texts, or of the numbers that they are."""
+    try:
+        return float(then) == float(now)
+    except ValueError:
+        return then == now

@@ -1,9 +1,10 @@
 """What is wrong is said next to its field, what is typed is text, and the server lives on: in a headless Chromium."""
 
+import re
 import threading
 
 import pytest
-from steps import SECONDS, api, make_sheet, prompt_of, says
+from steps import SECONDS, api, ask, make_sheet, prompt_of, says
 
 pytestmark = pytest.mark.browser
 HTML = '<img src=x onerror="alert(1)"> ring'
@@ -48,11 +49,14 @@ def test_what_is_wrong_is_said_below_its_field(label, typed, sentence, visit):
     api.expect(alert).to_be_visible(timeout=60 * SECONDS)
     box = settled(page, field)
     assert -5 < settled(page, alert)["y"] - (box["y"] + box["height"]) < 150  # pixels: below its field, or its row
+    api.expect(field).to_have_attribute("aria-invalid", "true")
+    api.expect(field).to_have_accessible_description(re.compile(re.escape(sentence)))
     assert page.get_by_text("Traceback").count() == 0 and not errors
     field.fill({"Prompt": "a blue cube", "Candidates": "1", "First seed": "7"}.get(label, "16"))
     page.get_by_role("button", name="Make the proof sheet").click()
     says(page, "1 picture." if label == "Candidates" else "of 8 pictures.")
     api.expect(alert).to_have_count(0, timeout=60 * SECONDS)
+    api.expect(field).not_to_have_attribute("aria-invalid", "true")
 
 
 def test_what_is_wrong_is_said_before_the_device_is_free(visit, table):
@@ -65,6 +69,19 @@ def test_what_is_wrong_is_said_before_the_device_is_free(visit, table):
         api.expect(page.get_by_role("alert").filter(has_text="Write a prompt")).to_be_visible()
     says(other, "8 of 8 pictures.")
     make_sheet(page, candidates=1)
+
+
+def test_who_asks_again_gets_the_new_sheet(visit):
+    page = visit()
+    ask(page, candidates=64)
+    page.get_by_label("Steps", exact=True).fill("100")
+    page.get_by_role("button", name="Make the proof sheet").click()
+    says(page, "1 of 64 pictures.")
+    page.get_by_label("Steps", exact=True).fill("2")
+    make_sheet(page, "a blue cube", candidates=3)
+    api.expect(page.locator("#sheet .thumbnail-item")).to_have_count(3)
+    page.get_by_role("button", name="Stop").first.click()
+    says(page, "Nothing is running.")
 
 
 def test_html_is_text(visit):

@@ -127,6 +127,8 @@ def test_where_no_file_can_be_written(tmp_path, command):
         (torch.OutOfMemoryError("CUDA out of memory."), "does not fit into memory"),
         (MemoryError(), "does not fit into memory"),
         (ValueError("a\n  b"), "x.py: a b$"),
+        (ValueError("a\x1b]0;b\x07c"), "x.py: a ]0;b c$"),  # a terminal would take it as its title
+        (OSError("x" * 10**5), "x.py: x{2000} ...$"),
     ],
 )
 def test_errors_that_are_sentences(error, message):

@@ -16,6 +16,7 @@ gr = pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")
 serve = pytest.importorskip("lighttable.page").serve
 
+ASKS = {"make_sheet": "ask_for_sheet", "refine": "ask_to_refine", "compare": "ask_to_compare"}
 PROMPT = '<img src=x onerror="alert(1)"> ring'
 
 
@@ -43,9 +44,21 @@ class Visitor:
         data = [values.get(label, value) for label, value in inputs]
         return {"data": data, "fn_index": index, "session_hash": self.name}
 
+    def answers(self, function, **values):
+        """What an event that does not wait says, and to which components."""
+        answer = self.http.post("/run/predict", json=self.body(function, values)).raise_for_status()
+        return dict(zip(event(self.page, function).outputs, answer.json()["data"], strict=True)), answer.text
+
+    def ask(self, function, **values):
+        """The ticket for a run, None where something is wrong, and all that is said."""
+        answers, text = self.answers(ASKS[function], **values)
+        ticket = next(answer for part, answer in answers.items() if getattr(part, "label", None) == "Ticket")
+        return (ticket if isinstance(ticket, str) else None), text
+
     def join(self, function, **values):
-        """Joins the queue for an event."""
-        self.http.post("/queue/join", json=self.body(function, values)).raise_for_status()
+        """Joins the queue for a run that was asked for."""
+        ticket, _ = self.ask(function, **values)
+        self.http.post("/queue/join", json=self.body(function, values | {"Ticket": ticket})).raise_for_status()
 
     def listen(self):
         """The messages until the event is over."""
@@ -58,10 +71,15 @@ class Visitor:
                         return
 
     def call(self, function, **values):
-        """All that an event says, as one text."""
-        if not event(self.page, function).queue:
-            return self.http.post("/run/predict", json=self.body(function, values)).raise_for_status().text
-        self.join(function, **values)
+        """All that an event says, as one text; of a run, what is wrong with it or all that it yields."""
+        if function not in ASKS:
+            return self.answers(function, **values)[1]
+        ticket, text = self.ask(function, **values)
+        return text if ticket is None else self.run(function, Ticket=ticket, **values)
+
+    def run(self, function, **values):
+        """All that a run yields, with or without a ticket."""
+        self.http.post("/queue/join", json=self.body(function, values)).raise_for_status()
         messages = list(self.listen())
         assert messages[-1]["success"], messages[-1]
         return json.dumps(messages)
@@ -80,7 +98,7 @@ def events(page):
 
 def visit_of(page, visitor):
     """What the server keeps of a visitor."""
-    return events(page).visits[visitor.name]
+    return events(page).visits.of(visitor.name)
 
 
 def test_from_the_first_visit_to_the_refined_picture(page, sd_table):
@@ -110,6 +128,8 @@ def test_a_pick_is_of_the_sheet_that_it_was_made_on(page):
     (first,) = visit_of(page, visitor).sheet
     visitor.call("make_sheet", **form)
     assert "not on the sheet any more" in visitor.call("refine", Picked=[first.name])
+    ticket, _ = visitor.ask("refine", Picked=[visit_of(page, visitor).sheet[0].name])
+    assert "not on the sheet any more" in visitor.run("refine", Picked=[first.name], Ticket=ticket)
     assert not visit_of(page, visitor).refined
 
 
@@ -141,28 +161,60 @@ def test_errors_are_sentences_next_to_their_field(page):
 
 def test_what_is_wrong_is_said_before_the_queue(page):
     visitor = Visitor(page, "asker")
-    functions = ("ask_for_sheet", "ask_to_refine", "ask_to_compare")
-    assert not any(event(page, function).queue for function in functions)
-    assert "Write a prompt" in visitor.call("ask_for_sheet", Prompt="")
-    assert "Make a sheet first" in visitor.call("ask_to_refine", Picked=[])
-    assert "Choose 2 to 4 methods" in visitor.call("ask_to_compare", Prompt="x", Methods=["few"])
+    assert not any(event(page, function).queue for function in ASKS.values())
+    assert "Write a prompt" in visitor.ask("make_sheet", Prompt="")[1]
+    assert "Make a sheet first" in visitor.ask("refine", Picked=[])[1]
+    assert "Choose 2 to 4 methods" in visitor.ask("compare", Prompt="x", Methods=["few"])[1]
     stranger = Visitor(page, "stranger")
     stranger.name = "unknown"
-    assert "please reload it" in stranger.call("ask_for_sheet", Prompt="x")
+    ticket, said = stranger.ask("make_sheet", Prompt="x")
+    assert ticket is None and "please reload it" in said
 
 
-def test_a_run_begins_where_nothing_is_wrong(page):
-    visitor, made = Visitor(page, "right"), events(page)
+def test_a_new_ticket_begins_its_run(page):
+    parts = events(page).parts
+    for part, function in ((parts.sheet, "make_sheet"), (parts.refine, "refine"), (parts.compare, "compare")):
+        assert event(page, function).targets == [(part["ticket"]._id, "change")]
+        assert part["ticket"] in event(page, ASKS[function]).outputs
+    visitor = Visitor(page, "right")
+    tickets = [visitor.ask("make_sheet", Prompt="x")[0] for _ in range(2)]
+    assert len({*tickets}) == 2 and None not in tickets
 
-    def asked(prompt):
-        body = visitor.body("ask_for_sheet", {"Prompt": prompt})
-        answers = visitor.http.post("/run/predict", json=body).raise_for_status().json()["data"]
-        outputs = event(page, "ask_for_sheet").outputs
-        return answers[outputs.index(made.parts.sheet["asked"])]
 
-    names = [asked("x"), asked("x")]
-    assert len(set(names)) == 2 and all(isinstance(name, str) and name for name in names)
-    assert asked("") == {"__type__": "update"}  # as it was
+def test_a_ticket_is_for_one_run(page):
+    """Neither a run that was asked for again, nor one that was stopped before its turn, nor a second one is made."""
+    visitor = Visitor(page, "collector")
+    form = {"Prompt": "x", "Candidates": 1, "Steps": 2}
+    first, second = (visitor.ask("make_sheet", **form)[0] for _ in range(2))
+    for ticket in (first, None, "", "forged"):
+        assert "picture." not in visitor.run("make_sheet", **form, Ticket=ticket)
+    assert "1 of 1 picture." in visitor.run("make_sheet", **form, Ticket=second)
+    assert "picture." not in visitor.run("make_sheet", **form, Ticket=second)
+    third, _ = visitor.ask("make_sheet", **form)
+    assert "Stopped." in visitor.call("stop") and "Nothing is running." in visitor.call("stop")
+    assert "picture." not in visitor.run("make_sheet", **form, Ticket=third)
+    assert len(visit_of(page, visitor).history) == 1
+
+
+def test_who_asks_again_gets_the_new_run(page):
+    visitor, ticket = Visitor(page, "impatient"), None
+    visitor.join("make_sheet", Prompt="x", Candidates=64, Steps=8)
+    for message in visitor.listen():
+        if ticket is None and message["msg"] == "process_generating" and visit_of(page, visitor).sheet:
+            ticket, _ = visitor.ask("make_sheet", Prompt="y", Candidates=1)
+    assert "Stopped." in json.dumps(message) and 1 <= len(visit_of(page, visitor).sheet) < 64
+    assert "1 of 1 picture." in visitor.run("make_sheet", Prompt="y", Candidates=1, Ticket=ticket)
+    assert [kept.recipe.prompt for kept in visit_of(page, visitor).sheet] == ["y"]
+
+
+def test_costs_of_several_prompts_leave_what_a_comparison_said(page):
+    made = events(page)
+    given = {component: component.value for component in made.parts.fields.values()}
+    given[made.parts.fields["prompts"]] = "a red circle\na blue one"
+    given[made.parts.compare["methods"]] = ["few", "full"]
+    told = made.cost(given)
+    assert made.parts.slots["prompts"] not in told and made.parts.slots["picks"] not in told
+    assert "leave one line" in told[made.parts.compare["cost"]] and "picture" in told[made.parts.sheet["cost"]]
 
 
 def test_costs_of_an_empty_prompt_leave_the_message_about_it(page):
@@ -198,7 +250,7 @@ def test_a_stop_in_the_middle_keeps_what_is_finished(page):
     visitor.join("make_sheet", Prompt="x", Candidates=64, Steps=8)
     for message in visitor.listen():
         if message["msg"] == "process_generating" and visit_of(page, visitor).sheet:
-            visit_of(page, visitor).stop.set()
+            visit_of(page, visitor).halt()
     kept = len(visit_of(page, visitor).sheet)
     assert "Stopped" in json.dumps(message) and 1 <= kept < 64
     assert "1 of 1 picture." in other.call("make_sheet", Prompt="x", Candidates=1)  # the device is free
@@ -206,12 +258,13 @@ def test_a_stop_in_the_middle_keeps_what_is_finished(page):
 
 def test_a_closed_page_frees_the_device(page):
     visitor = Visitor(page, "closed")
-    visit = visit_of(page, visitor)
+    visit, messages = visit_of(page, visitor), []
     visitor.join("make_sheet", Prompt="x", Candidates=64, Steps=8)
-    for _ in visitor.listen():
-        if visit.sheet and visitor.name in events(page).visits:
+    for message in visitor.listen():
+        messages.append(message)
+        if visit.sheet:
             events(page).leave(gr.Request(session_hash=visitor.name))
-    assert visit.stop.is_set() and len(visit.sheet) < 64 and visitor.name not in events(page).visits
+    assert "Stopped." in json.dumps(messages[-1]) and len(visit.sheet) < 64 and visit.running is None
 
 
 def test_visitors_see_only_their_own(page):
@@ -224,7 +277,7 @@ def test_visitors_see_only_their_own(page):
 def test_nothing_outside_of_the_output_folder_is_served(page, models, tmp_path):
     visitor = Visitor(page, "thief")
     (tmp_path / "file.txt").write_text("classified")
-    inside, around = models / "sd" / "model_index.json", f"{events(page).output}/../../../file.txt"
+    inside, around = models / "sd" / "model_index.json", f"{events(page).visits.folder}/../../../file.txt"
     for path in (tmp_path / "file.txt", inside, "app.py", "README.md", "/etc/passwd", around):
         answer = visitor.get(path)
         assert answer.status_code in (403, 404) and len(answer.text) < 200 and "classified" not in answer.text
@@ -235,7 +288,7 @@ def test_what_is_uploaded_is_neither_shown_nor_run(name, page, tmp_path):
     visitor = Visitor(page, "smuggler")
     script = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
     (path,) = visitor.http.post("/upload", files={"files": (name, script)}).raise_for_status().json()
-    assert events(page).output.parent in Path(path).resolve().parents
+    assert events(page).visits.folder.parent in Path(path).resolve().parents
     answer = visitor.get(path)
     assert answer.headers["content-disposition"].startswith("attachment")  # a browser saves it
     large = visitor.http.post("/upload", files={"files": (name, b"x" * 2000)})
@@ -247,17 +300,21 @@ def test_the_queue_has_a_limit(sd_table, tmp_path):
         patch.setenv("GRADIO_TEMP_DIR", "unset")
         page = serve(sd_table, tmp_path, waiting=1, prevent_thread_lock=True, quiet=True)
     visitors = [Visitor(page, f"visitor {n}") for n in range(3)]
-    asked, answers = {"Prompt": "x", "Candidates": 1}, []
+    form, answers = {"Prompt": "x", "Candidates": 1}, []
+    tickets = [visitor.ask("make_sheet", **form)[0] for visitor in visitors]
     with sd_table._turn(threading.Event()):  # the device is taken
-        for visitor in visitors:
-            answers.append(visitor.http.post("/queue/join", json=visitor.body("make_sheet", asked)))
+        for visitor, ticket in zip(visitors, tickets, strict=True):
+            body = visitor.body("make_sheet", form | {"Ticket": ticket})
+            answers.append(visitor.http.post("/queue/join", json=body))
+            deadline = time.monotonic() + 60
             while len(answers) == 1 and len(page._queue):  # the first of them leaves the queue, for the device
+                assert time.monotonic() < deadline
                 time.sleep(0.05)
-        told = visitors[2].call("ask_for_sheet", **asked)
+        ticket, told = visitors[2].ask("make_sheet", **form)
         for visitor in visitors:
-            visit_of(page, visitor).stop.set()
+            visit_of(page, visitor).halt()
     page.close()
-    assert "queue for the device is full (1 run)" in told
+    assert ticket is None and "queue for the device is full (1 run)" in told
     assert [answer.status_code for answer in answers] == [200, 200, 503]
     assert "Queue is full" in answers[2].text
 

@@ -119,6 +119,9 @@ def test_remake_says_what_differs(models, sd_table, never, by_hand, tmp_path):
     assert "0.4% of the pixels differ" in answer and "the picture in it was changed" in answer  # 1 of 256
     save_png(picture.image, tmp_path / "both.png", picture.facts | {"versions": "torch 1.0"})
     assert "versions: 'torch 1.0' then, " in main(["remake", str(tmp_path / "both.png"), "--device", "cpu"])
+    facts = {"guidance_scale": "2", "versions": "torch 1.0"}  # 2 is 2.0
+    save_png(picture.image, tmp_path / "both.png", picture.facts | facts)
+    assert "guidance" not in main(["remake", str(tmp_path / "both.png"), "--device", "cpu"])
 
 
 FACTS = {"model": "zoo/none", "prompt": "x", "seed": "7", "solver": "DDIMScheduler", "steps": "3"}
@@ -143,13 +146,19 @@ FACTS = {"model": "zoo/none", "prompt": "x", "seed": "7", "solver": "DDIMSchedul
         ({"image": "/etc/passwd"}, "an edit of '/etc/passwd', which it does not contain"),
         ({"model": None}, "does not say its model"),
         ({"model": "../../etc/passwd"}, "etc/passwd"),
+        ({"model": "somebody/something"}, "To fetch what the file names, say so: --model somebody/something"),
+        ({"model": "MODEL", "method": "solver", "solver": "somebody/solver"}, "say so: --solver somebody/solver"),
+        (
+            {"model": "MODEL", "height": "512", "width": "512"},
+            "has 16 x 16 pixels, and remembers a picture of 512 x 512",
+        ),
     ],
 )
 def test_hostile_chunks_are_sentences(changes, message, models, tmp_path):
     facts = {name: text for name, text in (FACTS | changes).items() if text is not None}
     if facts.get("model") == "MODEL":
         facts["model"] = str(models / "sd")
-    save_png(Image.new("RGB", (4, 4)), tmp_path / "x.png", facts)
+    save_png(Image.new("RGB", (16, 16)), tmp_path / "x.png", facts)
     with pytest.raises((ValueError, OSError), match=message):
         main(["remake", str(tmp_path / "x.png"), "--device", "cpu"])
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]

@@ -69,6 +69,13 @@ def test_seconds_are_of_this_device(sd_table, never):
     assert sd_table.estimate(recipes(sd_table, height=32, width=32)).seconds > sd_table.estimate(asked).seconds
 
 
+def test_a_guided_picture_takes_two_rows(sd_table, monkeypatch):
+    monkeypatch.setattr(sd_table, "_seconds", (1.0 / 16**2, 0.0))  # a second a row
+    plain, guided = (recipes(sd_table, guidance_scale=scale)[:1] for scale in (1.0, 3.0))
+    assert sd_table.estimate(plain).seconds == pytest.approx(plain[0].steps)
+    assert sd_table.estimate(guided).seconds == pytest.approx(2 * guided[0].steps)
+
+
 @pytest.mark.parametrize("name, method", [("sd", "few"), ("flux", "half"), ("flux", "full")])
 def test_a_stop_ends_a_run_before_the_next_evaluation(name, method, request, never):
     table = request.getfixturevalue(f"{name}_table")
@@ -101,7 +108,7 @@ def test_two_visitors_share_the_device_and_nothing_else(sd_table, never, tmp_pat
     inside, most = [], []
 
     def work(visit, seeds):
-        for _ in runs.sheet(sd_table, visit, recipes(sd_table, seeds=seeds), visit.begin(), tell):
+        for _ in runs.sheet(sd_table, visit, recipes(sd_table, seeds=seeds), threading.Event(), tell):
             pass
 
     def tell(share):
