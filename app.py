@@ -24,7 +24,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to let others visit")
     parser.add_argument("--port", type=int, help="7860 or the next free one, by default")
-    parser.add_argument("--waiting", type=int, default=16, help="how many visitors may wait for the device")
+    parser.add_argument("--waiting", type=int, default=16, help="how many runs may wait for the device")
     given = parser.parse_args(args)
     if given.waiting < 1:
         raise ValueError(f"--waiting {given.waiting}: expected at least 1.")

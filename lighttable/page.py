@@ -240,8 +240,8 @@ class Events:
         stop = visit.begin(run, given[self._part(run)["ticket"]])
         if stop is None:
             return
-        yield self._messages() | {status: ""}
         try:
+            yield self._messages() | {status: ""}
             yield from make(given, visit, stop, progress)
         except FormError as error:
             yield self._messages(error)

@@ -13,10 +13,12 @@ the four kinds of steps.
 
 The landed weights began as those of the first, 3,742 steps on a busy machine; from step 2,650 on with --large_share
 0.6 --edit_share 0.25, since its schedule left too little time for 128 px. The third goes on from landed weights, in a
-sitting of its own, as they did; their card says how. Needs the results of `zoo/train_mini_flux_vae.py` and
-`zoo/train_clip.py`. The schedule of what is learned when counts steps: where `--minutes` will end the run before its
-steps do, let everything begin at once, as the second does. Estimated, not measured, on an H100: 20,000 small pictures
-a second.
+sitting of its own, as they did; their card says how. What a caption says of which noun is decided above σ = 0.8: four
+sittings hardly drew such levels and had not begun to learn it, one with `--noise_shift 3` did.
+
+Needs the results of `zoo/train_mini_flux_vae.py` and `zoo/train_clip.py`. The schedule of what is learned when counts
+steps: where `--minutes` will end the run before its steps do, let everything begin at once, as the second does.
+Estimated, not measured, on an H100: 20,000 small pictures a second.
 
 What does not change from step to step is made once and kept under `runs/zoo`: latents of scenes at both sizes and of
 their edited versions, several captions a scene, instructions, all as token ids. Steps are of four kinds, with a batch
