@@ -99,7 +99,7 @@ class LightTable:
         self.pipe, self.model, self.solver = pipe, model, solver
         self.learned = load_solver(pipe, Recipe("", 0, "solver", solver=solver)) if solver else None
         self.rewards = [load_reward("pixels", device=pipe.device), *rewards]
-        self.default_size = own_size(pipe)
+        self.default_size = default_size(pipe)
         self._around = surroundings(pipe, model, dtype)
         self._around_learned = surroundings(pipe, model, dtype, self.learned)
         self._device = threading.Lock()
@@ -241,16 +241,6 @@ class LightTable:
         around = self._around_learned if recipe.method in LEARNED else self._around
         facts = remembered(self.pipe, recipe, around)
         return Picture(recipe, made.image, facts, evaluations, seconds, made.checkpoint)
-
-
-def own_size(pipe: DiffusionPipeline) -> tuple[int, int]:
-    """Height and width, in pixels, that a model was trained for.
-
-    Of a UNet its configuration says it. FLUX's pipeline answers 128 latents a side, whatever its weights are; there it
-    is what the autoencoder was trained on, if that says so: 1024 of FLUX.1, 128 of the zoo's miniature.
-    """
-    side = getattr(getattr(pipe, "vae", None), "config", {}).get("sample_size")
-    return (side, side) if "unet" not in pipe.components and isinstance(side, int) else default_size(pipe)
 
 
 class _Watch(ModelHook):

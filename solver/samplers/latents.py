@@ -72,11 +72,17 @@ def patch_size(pipe: DiffusionPipeline) -> int:
 
 
 def default_size(pipe: DiffusionPipeline) -> tuple[int, int]:
-    """Height and width in pixels that the pipeline renders by itself."""
+    """Height and width in pixels of what the weights were trained on.
+
+    The pipeline knows them, but for FLUX's and its like, which answer 128 latents a side whatever the weights are:
+    there the transformer has no size, and the autoencoder was trained on it. 1024 of FLUX.1, 128 of the miniature.
+    """
     if is_video(pipe):
         call = inspect.signature(pipe.__call__).parameters
         return call["height"].default, call["width"].default
-    unet = pipe.components.get("unet")
+    unet, side = pipe.components.get("unet"), pipe.vae.config.get("sample_size")
+    if unet is None and denoiser(pipe).config.get("sample_size") is None and isinstance(side, int):
+        return side, side
     sample = pipe.default_sample_size if unet is None else unet.config.sample_size
     height, width = (sample, sample) if isinstance(sample, int) else sample
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor

@@ -94,7 +94,7 @@ def test_packing_is_that_of_the_pipeline():
 def test_sizes():
     assert default_size(make_tiny_sd()) == (16, 16)
     assert latent_shape(make_tiny_sd3()) == (4, 8, 8)
-    assert default_size(make_tiny_flux()) == (256, 256)
+    assert default_size(make_tiny_flux()) == (16, 16)
     with pytest.raises(ValueError, match=r"height=16, width=18.*multiples of 4"):
         latent_shape(make_tiny_flux(), 16, 18)
     pipe = make_tiny_sd()

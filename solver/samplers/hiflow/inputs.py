@@ -34,14 +34,8 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
 
 
 def native_size(pipe: DiffusionPipeline) -> tuple[int, int] | None:
-    """What a transformer is made for. None of UNets and PixArt, which keep neither shift nor positions.
-
-    The autoencoder says it: FluxPipeline has a constant instead.
-    """
-    if not hasattr(pipe, "default_sample_size"):
-        return None
-    side = pipe.vae.config.get("sample_size")
-    return (side, side) if side else default_size(pipe)
+    """What a transformer is made for. None of UNets and PixArt, which keep neither shift nor positions."""
+    return default_size(pipe) if hasattr(pipe, "default_sample_size") else None
 
 
 def is_distilled_to_few_steps(pipe: DiffusionPipeline) -> bool:
