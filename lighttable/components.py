@@ -57,6 +57,8 @@ def lay_out(table: LightTable) -> Parts:
             with gr.Tab("History"):
                 _history_tab(parts)
     gr.Markdown(f"Model: `{table.model}`" + (f", learned solver: `{table.solver}`" if table.solver else ""))
+    for part in (parts.sheet, parts.refine, parts.compare):  # out of all columns, which would show it with themselves
+        part["ticket"] = gr.Textbox(label="Ticket", visible="hidden")  # where it changes, a run joins the queue
     return parts
 
 
@@ -128,7 +130,6 @@ def _history_tab(parts: Parts) -> None:
 
 
 def _run_and_stop(part: dict, label: str) -> None:
-    part["ticket"] = gr.Textbox(label="Ticket", visible="hidden")  # where it changes, its run joins the queue
     with gr.Row():
         part["run"] = gr.Button(label, variant="primary", scale=4)
         part["stop"] = gr.Button("Stop", variant="stop", scale=1, min_width=80)

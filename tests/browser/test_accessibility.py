@@ -135,6 +135,7 @@ def test_a_screen_reader_is_told_every_name_and_role(visit):
     wrong = []
     for state in states(page):
         told = list(nodes(page))
+        assert page.get_by_label("Ticket").count() == 3 and "Ticket" not in {name for _, name, _ in told}
         for role, name, properties in told:
             is_control = role in WITH_A_NAME or (
                 properties.get("focusable") and role not in ("RootWebArea", "generic")

@@ -5,7 +5,7 @@ import threading
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from steps import PROMPT, make_sheet, says, shoot, shown
+from steps import PROMPT, make_sheet, says, shown
 
 from evaluation.recipe import METHODS, Recipe
 from lighttable.table import LightTable
@@ -60,4 +60,3 @@ def test_a_half_size_preview_goes_on_with_its_own_steps(method, visit, table, tm
     whole = Recipe(PROMPT, 8, "full", FULL_STEPS, FULL_STEPS, height=128, width=128)
     (never_left,) = table.make([whole], threading.Event())
     assert never_left.image.tobytes() == refined.tobytes()
-    shoot(page, f"flux_{method}")
