@@ -46,8 +46,8 @@ ABOUT = {
         "had a rate of their own; its logged loss holds that of the phrases, so it jumps. The fifth: `--name "
         "mini-flux-5 --minutes 119 --edit_share 0.2 --learning_rate 1e-3`, the rest as the fourth; from step 3,348 on "
         "with `--noise_shift 3`, which moves the loss up, from step 6,973 on with `--large_share 0.4`. The "
-        "autoencoder had been trained for 15 minutes before, and its decoder alone for 22 minutes of one thread beside the "
-        "second run.",
+        "autoencoder had been trained for 15 minutes before, and its decoder alone for 22 minutes of one thread "
+        "beside the second run.",
         "FluxPipeline.from_pretrained('zoo/mini-flux')",
         "zoo/train_mini_flux.py --minutes 104 --steps 5000 --pool 16000 --large_pool 3000 --edit_pool 5000",
     ),
