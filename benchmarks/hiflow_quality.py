@@ -2,7 +2,7 @@
 
     python -m benchmarks.hiflow_quality --output runs/hiflow_quality/mini-sd         # 64 -> 128 px
     python -m benchmarks.hiflow_quality --model zoo/mini-flux --sizes 128 256 512 --num_prompts 200 \\
-        --also presets acceleration --output runs/hiflow_quality/mini-flux
+        --guidance_scale 4 --also presets acceleration --output runs/hiflow_quality/mini-flux
     python -m benchmarks.hiflow_quality --also cutoff alpha beta --output runs/hiflow_quality/mini-sd   # sweeps
 
 Prompts are captions of the miniature world's test scenes, and the reference is those scenes, rendered at the large
@@ -33,6 +33,7 @@ from torch import Tensor
 from benchmarks.hiflow_measures import PATCH, Looker
 from benchmarks.hiflow_report import OTHERS, RENDERED, draw_sheet, summary, table
 from benchmarks.hiflow_rows import GROUPS, Artist, Row, main_rows, variants
+from data.command_line import DTYPES
 from data.scenes import Scene, caption, render_batch
 from evaluation.cache import digest, load, store
 from evaluation.rendering import load_pipeline
@@ -170,7 +171,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dino", default="zoo/dino", help="network of the Fréchet distances")
     parser.add_argument("--segmentation", default="zoo/segmentation", help="network of the caption check")
     parser.add_argument("--device", help="the GPU if there is one, by default")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     args = parser.parse_args(arguments)
     if args.num_prompts < 2 or args.batch_size < 1 or args.patches < 1:
         parser.error("--num_prompts has to be at least 2, --batch_size and --patches at least 1.")

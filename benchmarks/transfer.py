@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-GUIDANCE = 3.0
+from data.command_line import DTYPES
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,23 @@ class Place:
     Attributes:
         config: of an evaluation there.
         solver: folder of the one that was trained there.
+        guidance_scale: at which it is used.
         changes: to the config.
     """
 
     config: str
     solver: str
+    guidance_scale: float
     changes: dict = field(default_factory=dict)
 
 
 PLACES = {
-    "mini-sd": Place("configs/eval_mini_sd.yaml", "runs/mini_sd/best"),
-    "mini-flux, 64 px": Place("configs/eval_mini_flux.yaml", "runs/mini_flux/best"),
+    "mini-sd": Place("configs/eval_mini_sd.yaml", "runs/mini_sd/best", 3.0),
+    "mini-flux, 64 px": Place("configs/eval_mini_flux.yaml", "runs/mini_flux/best", 4.0),
     "mini-flux, 128 px": Place(
-        "configs/eval_mini_flux.yaml", "runs/mini_flux_128/best", {"height": 128, "width": 128}
+        "configs/eval_mini_flux.yaml", "runs/mini_flux_128/best", 4.0, {"height": 128, "width": 128}
     ),
-    "edits, 64 px": Place("configs/eval_mini_kontext.yaml", "runs/mini_kontext/best"),
+    "edits, 64 px": Place("configs/eval_mini_kontext.yaml", "runs/mini_kontext/best", 2.0),
 }
 
 
@@ -60,7 +62,7 @@ def bring(solver: str, place: Place, folder: Path) -> str:
 
 
 def measure(
-    trained: str, used: str, places: dict[str, Place], output: Path, steps: Sequence[int], prompts: int
+    trained: str, used: str, places: dict[str, Place], output: Path, steps: Sequence[int], prompts: int, dtype: str
 ) -> dict:
     """metrics.json of one solver in one place."""
     import yaml
@@ -76,9 +78,10 @@ def measure(
     knobs |= {
         "learned": bring(places[trained].solver, place, folder / "solver"),
         "solvers": ["base", *(name for name in knobs["solvers"] if name != "base")],
-        "columns": [{"guidance_scale": GUIDANCE, "steps": list(steps), "num_prompts": prompts}],
+        "columns": [{"guidance_scale": place.guidance_scale, "steps": list(steps), "num_prompts": prompts}],
         "output_dir": str(folder),
         "cache_dir": str(output / "cache"),
+        "dtype": dtype,
     }
     return evaluate(EvaluationConfig(**knobs))
 
@@ -129,7 +132,7 @@ def _gain(row: dict) -> str:
 HEAD = """\
 # Solvers away from where they were trained
 
-Learned minus its own base rule, paired on {prompts} held-out prompts at guidance {guidance:g}, with 95 % intervals;
+Learned minus its own base rule, paired on {prompts} held-out prompts, with 95 % intervals; guidance is {guidance};
 bold where it is ahead of every classical solver of that place's evaluation too; ↓ is better low. Only what is in the
 same column can be compared.
 
@@ -142,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 5, 8])
     parser.add_argument("--num_prompts", type=int, default=200)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--metrics", nargs="+", default=["pixels", "dino"], help="of the tables; the JSON has all")
     parser.add_argument("--output", type=Path, default=Path("runs/transfer"))
     args = parser.parse_args()
@@ -155,11 +159,12 @@ def main() -> None:
     rows, machines = [], []
     for used in there:
         for trained in there:
-            metrics = measure(trained, used, there, args.output, args.steps, args.num_prompts)
+            metrics = measure(trained, used, there, args.output, args.steps, args.num_prompts, args.dtype)
             rows += [{"trained": trained, "used": used, **gain} for gain in gains(metrics)]
             machines.append(ran_on(metrics))
+    guidance = ", ".join(f"{place.guidance_scale:g} for {name}" for name, place in there.items())
     ran = "\n".join(dict.fromkeys(machines))
-    head = HEAD.format(prompts=args.num_prompts, guidance=GUIDANCE, ran_on=ran)
+    head = HEAD.format(prompts=args.num_prompts, guidance=guidance, ran_on=ran)
     if unknown := set(args.metrics) - {row["metric"] for row in rows}:
         raise SystemExit(f"--metrics {' '.join(sorted(unknown))}: not measured in these places.")
     text = head + "\n".join(table(rows, metric) for metric in args.metrics)

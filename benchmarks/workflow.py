@@ -23,6 +23,7 @@ import diffusers
 import torch
 from torchvision.transforms.functional import to_tensor
 
+from data.command_line import DTYPES
 from data.prompts import read_prompts
 from evaluation.metrics import caption_check
 from evaluation.recipe import LEARNED, METHODS, Recipe
@@ -131,7 +132,7 @@ def main(args: list[str] | None = None) -> list[dict]:
     parser.add_argument("--prompts", type=int, default=32, help="how many held-out captions")
     parser.add_argument("--seeds", type=int, default=8, help="of each prompt")
     parser.add_argument("--device")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     given = parser.parse_args(args)
     table = LightTable.open(given.model, given.dtype, given.device, given.solver)

@@ -12,6 +12,7 @@ from benchmarks.quality.lines import lines_of
 from benchmarks.quality.report import draw_figure, report_of, table, write_json
 from benchmarks.quality.sheet import draw_sheet
 from benchmarks.quality.study import Measured, Row, Study
+from data.command_line import DTYPES
 from data.prompts import read_prompts
 from evaluation.instruments import Instruments
 from evaluation.metrics import ClipScorer
@@ -40,15 +41,16 @@ def parser_of(doc: str, output: str, num_prompts: int) -> argparse.ArgumentParse
     parser.add_argument("--num_prompts", type=int, default=num_prompts)
     parser.add_argument("--size", type=int, default=128, help="of the full picture, in pixels")
     parser.add_argument("--steps", type=int, default=30, help="of the full run")
-    parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of all but the VAE, which is in float32")
     parser.add_argument("--batch_size", type=int, default=20)
     parser.add_argument("--device", help="cuda where there is one, if it is left out")
     return parser
 
 
 def open_model(args: argparse.Namespace) -> DiffusionPipeline:
-    """The pipeline, in float32."""
-    return load_pipeline(args.model, "float32", args.device)
+    """The pipeline on its device."""
+    return load_pipeline(args.model, args.dtype, args.device)
 
 
 def open_instruments(args: argparse.Namespace, device: torch.device) -> Instruments:

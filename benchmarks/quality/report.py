@@ -17,12 +17,14 @@ from evaluation.bootstrap import Estimate
 from evaluation.plots import COLOURS, LEARNED, MARKERS, STYLE
 from evaluation.report import hardware
 from evaluation.table import ran_on
+from solver.samplers.latents import denoiser
 
 
 def report_of(lines: Sequence[Line], study: Study, about: dict) -> dict:
     """All numbers, in plain JSON values; `about` comes first."""
     samples = study.samples
-    run = {"hardware": hardware(), "dtype": "float32", "autocast": False, "batch_size": study.batch_size}
+    dtype = str(denoiser(study.pipe).dtype).removeprefix("torch.")
+    run = {"hardware": hardware(), "dtype": dtype, "autocast": False, "batch_size": study.batch_size}
     return {
         **about,
         "prompts": len(set(samples.prompts)),

@@ -90,6 +90,14 @@ def test_preview(flux, arguments, tmp_path, capsys):
     assert "are there" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [preview, ralu])
+def test_bfloat16(command, arguments, tmp_path):
+    arguments += ["--num_prompts", "2", "--dtype", "bfloat16"]
+    report = command.main([*arguments, "--output", str(tmp_path)])
+    check_full_run(rows_of(report)["full run"], steps=6)
+    assert report["dtype"] == "bfloat16" and "bfloat16" in (tmp_path / "table.md").read_text()
+
+
 def test_sweep_of_guided_steps_and_strengths(flux):
     paint = preview.Painter(load_pipeline(flux, "float32", "cpu"), FULL, 30, 3.0)
     rows = {row.name: row for row in preview.rows_of(paint, gain=((1.0,) * 8, (0.0,) * 8), sweep=True)}
@@ -101,6 +109,7 @@ def test_sweep_of_guided_steps_and_strengths(flux):
 def test_ralu(arguments, tmp_path):
     report = ralu.main([*arguments, "--output", str(tmp_path), "--ablations", "--num_prompts", "2"])
     rows = rows_of(report)
+    assert report["dtype"] == "float32"
     check_files(tmp_path, report)
     check_full_run(rows["full run"], steps=6)
     assert rows["full run"]["metrics"]["frechet_full"]["mean"] == pytest.approx(0, abs=1e-6)

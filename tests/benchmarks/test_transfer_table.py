@@ -29,12 +29,12 @@ def places(flux, tmp_path):
             solver.policy.mlp[-1].bias.fill_(0.3)
         solver.save_pretrained(tmp_path / name)
     size = {"height": 32, "width": 32}
-    return {name: Place(str(tmp_path / "eval.yaml"), str(tmp_path / name), size) for name in own}
+    return {name: Place(str(tmp_path / "eval.yaml"), str(tmp_path / name), 3.0, size) for name in own}
 
 
 def test_a_policy_is_brought_to_the_other_model(places, tmp_path):
     assert bring(places["here"].solver, places["here"], tmp_path / "unused") == places["here"].solver
-    metrics = measure("elsewhere", "here", places, tmp_path / "out", [3], 2)
+    metrics = measure("elsewhere", "here", places, tmp_path / "out", [3], 2, "float32")
     means = {row["solver"]: row["metrics"]["pixels"]["mean"] for row in metrics["rows"] if row["solver"] != "full"}
     (gain,) = gains(metrics)
     assert gain["higher_is_better"]
@@ -77,7 +77,7 @@ def test_ahead_is_below_where_low_is_better(unipc, ahead):
 def test_the_report_says_what_it_ran_on(tmp_path, monkeypatch, capsys):
     run = {"hardware": "abacus", "dtype": "float32", "autocast": False, "batch_size": 50}
     metrics = paired("pixels", True, base=[0.5, 1.5]) | run | {"versions": {"torch": "2", "diffusers": "1"}}
-    places = {name: Place("unused", str(tmp_path)) for name in ("a", "b")}
+    places = {name: Place("unused", str(tmp_path), 3.0) for name in ("a", "b")}
     monkeypatch.setattr(transfer, "PLACES", places)
     monkeypatch.setattr(transfer, "measure", lambda *_: metrics)
     monkeypatch.setattr("sys.argv", ["transfer", "--metrics", "pixels", "--output", str(tmp_path)])
