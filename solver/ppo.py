@@ -37,7 +37,7 @@ class Rollouts(NamedTuple):
         mask_KD: which actions matter; the others carry neither ratio nor entropy.
         choices_BKD: what was drawn, see `solver.exploration`.
         old_log_prob_BKD: of the choices, under the policy that drew them.
-        advantages_B: whitened within each group.
+        advantages_B: what a rollout's reward is above the mean of its group, scaled.
         std: of the exploration.
         elsewhere: the other cells, if the update is to spare them.
     """
@@ -52,8 +52,14 @@ class Rollouts(NamedTuple):
     elsewhere: Elsewhere | None = None
 
 
-def group_advantages(rewards_B: Tensor, group_size: int) -> tuple[Tensor, float]:
-    """(R - mean) / std within each group of neighbours; 0 in a group where all rewards are equal.
+def group_advantages(rewards_B: Tensor, group_size: int, scale_rewards: str = "group") -> tuple[Tensor, float]:
+    """(R - mean) / std, the mean of each group of neighbours; 0 in a group where all rewards are equal.
+
+    Args:
+        rewards_B: of whole groups, one after the other.
+        group_size: of each.
+        scale_rewards: where the std is taken, as in TRL's GRPO. "group": of each, so that all prompts count alike.
+            "batch": one for all groups, so that a prompt counts as much as solvers differ on it.
 
     Returns:
         advantages (B,), and the fraction of groups that are constant.
@@ -61,7 +67,10 @@ def group_advantages(rewards_B: Tensor, group_size: int) -> tuple[Tensor, float]
     rewards = rewards_B.view(-1, group_size)
     mean, std = rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
     constant = std <= 1e-5 * mean.abs().clamp(min=1)  # nothing but rounding
-    advantages = torch.where(constant, 0.0, (rewards - mean) / torch.where(constant, 1.0, std))
+    centred = torch.where(constant, 0.0, rewards - mean)
+    if scale_rewards == "batch":
+        std = std.square().mean().sqrt()
+    advantages = torch.where(constant, 0.0, centred / torch.where(constant, 1.0, std))
     return advantages.flatten(), constant.float().mean().item()
 
 

@@ -35,6 +35,9 @@ class PPOKnobs:
     # PPO
     num_ppo_epochs: int = field(default=8, metadata={"help": "updates on each batch of rollouts"})
     clip_range: float = field(default=0.2, metadata={"help": "of the ratio of new to old probability"})
+    scale_rewards: str = field(
+        default="group", metadata={"help": "divide by the std of each group, or of the batch: of all its groups"}
+    )
     anchor_coef: float = field(
         default=1.0, metadata={"help": "holds the policy's answers for other numbers of steps and guidance scales"}
     )
@@ -67,6 +70,8 @@ class PPOKnobs:
             check_whole(name, getattr(self, name))
         check_whole("group_size", self.group_size, lowest=2)  # a rollout is compared with others
         check_whole("contact_sheet_rows", self.contact_sheet_rows, lowest=0)
+        if self.scale_rewards not in ("group", "batch"):
+            raise ValueError(f"scale_rewards={self.scale_rewards!r}: expected group or batch.")
         if self.antithetic and self.group_size % 2:
             raise ValueError(f"group_size={self.group_size} is odd, but antithetic=True draws pairs.")
         self._check_steps()

@@ -175,7 +175,7 @@ class ConsistencySolverTrainer(Trainer):
 
         # Previews, rewards, advantages
         scores = self.scorer.score(rows, guidance_scale, table)
-        advantages_B, constant_groups = group_advantages(scores.rewards_B, args.group_size)
+        advantages_B, constant_groups = group_advantages(scores.rewards_B, args.group_size, args.scale_rewards)
         spread = scores.rewards_B.view(-1, args.group_size).std(dim=1).mean()
         self._record(
             {"reward": scores.rewards_B.mean(), "reward_std": spread, "frac_reward_zero_std": constant_groups}

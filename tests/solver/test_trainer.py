@@ -202,6 +202,16 @@ def test_advantages_are_whitened_within_groups_and_zero_in_constant_ones():
     advantages, constant = group_advantages(rewards, 3)
     assert advantages.tolist() == pytest.approx([-1, 0, 1, 0, 0, 0, 1, -1, 0])
     assert constant == pytest.approx(1 / 3)
+    nothing, constant = group_advantages(torch.ones(4), 2, "batch")
+    assert nothing.tolist() == [0] * 4 and constant == 1
+
+
+def test_advantages_of_a_batch_keep_what_groups_differ_by():
+    rewards = torch.tensor([1.0, 2.0, 3.0, 10.0, 10.0, 10.0 + 1e-6, 30.0, 10.0, 20.0])
+    advantages, constant = group_advantages(rewards, 3, "batch")
+    std = ((1**2 + 0 + 10**2) / 3) ** 0.5  # of the groups: 1, 0, 10
+    assert advantages.tolist() == pytest.approx([-1 / std, 0, 1 / std, 0, 0, 0, 10 / std, -10 / std, 0])
+    assert constant == pytest.approx(1 / 3)
 
 
 # -- exploration ------------------------------------------------------------------------------------------------------
@@ -376,6 +386,7 @@ def test_cached_features_reach_the_reward_of_their_name(tmp_path, datasets):
     ("changes", "message"),
     [
         ({"group_size": 5}, "group_size=5 is odd"),
+        ({"scale_rewards": "none"}, "scale_rewards='none'"),
         ({"group_size": 1}, "group_size=1"),
         ({"inference_steps": None, "min_inference_steps": 6, "max_inference_steps": 5}, "min_inference_steps=6"),
         ({"inference_steps": [1, 5]}, r"inference_steps=\[1, 5\]"),
