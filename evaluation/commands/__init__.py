@@ -10,9 +10,11 @@ also why they are here and not in `solver`, which cannot be imported without tor
 import itertools
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from data.command_line import DTYPES
 from data.prompts import source_identity
 from evaluation.config import MOST_STEPS, check_guidance, is_step_count
 
@@ -38,7 +40,7 @@ def add_output_arguments(parser: ArgumentParser) -> None:
     """Where a picture is made and written."""
     parser.add_argument("--output", type=Path, help="PNG file to write; the next of outputs/COMMAND-N.png by default")
     parser.add_argument("--device", help="the GPU if there is one, by default")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
 
 
 def picture_facts(given: Namespace, remembered: dict | None = None) -> dict:
@@ -66,6 +68,17 @@ def picture_facts(given: Namespace, remembered: dict | None = None) -> dict:
 def pipeline_class(facts: Mapping[str, object]) -> str | None:
     """Of diffusers, for a picture: the one that edits, or None for the model's own."""
     return "FluxKontextPipeline" if "image" in facts else None
+
+
+@contextmanager
+def named_by_the_file(part: str, name: str, given: str | None) -> Iterator[None]:
+    """Says how to fetch what only a file names: a file does not decide what is downloaded."""
+    try:
+        yield
+    except OSError as error:
+        if given is not None:
+            raise
+        raise OSError(f"{error} To fetch what the file names, say so: --{part} {name}") from error
 
 
 def next_output(name: str, suffix: str = ".png") -> Path:

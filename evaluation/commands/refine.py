@@ -6,8 +6,8 @@
     python sample.py refine --model zoo/mini-sd --prompt "two white stars in the sky" --seed 7
 
 A folder is one of `sample.py preview`: its full-size run goes on where it was left; without `--preview`, `--pick`
-means the last of outputs/preview-N. A PNG is one of `sample.py solver`: its prompt, seed and model are used. Writes
-outputs/refine-1.png, or -2 and so on, or `--output`.
+means the last of outputs/preview-N. A PNG is one of `sample.py solver`: its prompt, seed and model are used; a model
+that only the file names is not downloaded. Writes outputs/refine-1.png, or -2 and so on, or `--output`.
 """
 
 import json
@@ -20,6 +20,7 @@ from evaluation.commands import (
     add_picture_arguments,
     check_output,
     check_steps,
+    named_by_the_file,
     next_output,
     picture_facts,
     pipeline_class,
@@ -61,7 +62,9 @@ def run(given: Namespace) -> Path:
             f"{given.preview} is a preview whose run goes on from the files beside it; name their folder."
         )
     facts = picture_facts(given, remembered) | {"dtype": given.dtype or "float32"}
-    pipe = load_pipeline(facts["model"], facts["dtype"], given.device, pipeline_class(facts))
+    model = facts["model"]
+    with named_by_the_file("model", model, given.model):
+        pipe = load_pipeline(model, facts["dtype"], given.device, pipeline_class(facts), only_here=given.model is None)
     pipe.scheduler = full_scheduler(given.scheduler, pipe.scheduler)
     return render_png(pipe, facts, steps, given.output, solver=type(pipe.scheduler).__name__)
 
@@ -89,7 +92,8 @@ def _go_on(given: Namespace) -> Path:
 
     checkpoint = Checkpoint.load(given.preview / str(pick))
     model = given.model or facts["model"]
-    pipe = load_pipeline(model, facts["dtype"], given.device)
+    with named_by_the_file("model", model, given.model):
+        pipe = load_pipeline(model, facts["dtype"], given.device, only_here=given.model is None)
     facts = {"model": model, "prompt": facts["prompt"], "seed": checkpoint.seed, "preview": given.preview / str(pick)}
     return save_picture(refine(pipe, checkpoint), given.output, facts)
 

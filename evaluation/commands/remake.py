@@ -11,12 +11,10 @@ remembers the sha256 of the picture that was edited, and needs that picture.
 """
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from data.command_line import DTYPES
-from evaluation.commands import check_output, pipeline_class
+from evaluation.commands import check_output, named_by_the_file, pipeline_class
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -49,7 +47,7 @@ def run(given: Namespace) -> str:
         raise ValueError(f"{given.picture} does not say its model; give --model.")
     if dtype not in DTYPES:
         raise ValueError(f"{given.picture} says dtype {dtype[:40]!r}; give --dtype.")
-    with _named_by_the_file("model", model, given.model):
+    with named_by_the_file("model", model, given.model):
         pipe = load_pipeline(model, dtype, given.device, pipeline_class(facts), only_here=given.model is None)
     check(pipe, recipe)
     height, width = picture_size(pipe, recipe)
@@ -58,23 +56,12 @@ def run(given: Namespace) -> str:
             f"{given.picture} has {then.width} x {then.height} pixels, and remembers a picture of {width} x {height}: "
             "it was changed since."
         )
-    with _named_by_the_file("solver", recipe.solver, given.solver):
+    with named_by_the_file("solver", recipe.solver, given.solver):
         learned = load_solver(pipe, recipe, only_here=given.solver is None)
     again = make(pipe, recipe, learned).image
     now = remembered(pipe, recipe, surroundings(pipe, model, dtype, learned))
     save_png(again, path, now)
     return f"{path}: {compared(then, again, facts, now)}"
-
-
-@contextmanager
-def _named_by_the_file(part: str, name: str, given: str | None) -> Iterator[None]:
-    """Says how to fetch what only the file names."""
-    try:
-        yield
-    except OSError as error:
-        if given is not None:
-            raise
-        raise OSError(f"{error} To fetch what the file names, say so: --{part} {name}") from error
 
 
 def compared(then, again, facts: dict[str, str], now: dict[str, str]) -> str:

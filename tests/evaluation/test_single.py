@@ -47,6 +47,23 @@ def test_broken_pictures_are_sentences(tmp_path):
         main(["refine", "--preview", str(path), *again])
 
 
+def test_a_file_does_not_decide_what_is_downloaded(models, tmp_path, monkeypatch):
+    """The hub is never asked for a model that only the PNG names."""
+    path, asked = tmp_path / "x.png", []
+    save_png(Image.new("RGB", (4, 4)), path, {"model": "somebody/something", "prompt": "x", "seed": "7"})
+    monkeypatch.setattr("evaluation.rendering.open_pipeline", lambda *given: asked.append(given) or _missing())
+    refine = ["refine", "--preview", str(path), "--output", str(tmp_path / "y.png"), "--device", "cpu"]
+    with pytest.raises(OSError, match="To fetch what the file names, say so: --model somebody/something"):
+        main(refine)
+    with pytest.raises(OSError, match=r"^not here$"):
+        main([*refine, "--model", "somebody/something"])
+    assert [only_here for *_, only_here in asked] == [True, False]
+
+
+def _missing():
+    raise OSError("not here")
+
+
 def test_names_of_nothing_are_named(models, tmp_path):
     picture = ["solver", "--prompt", "x", "--seed", "7", "--output", str(tmp_path / "x.png"), "--device", "cpu"]
     with pytest.raises(OSError, match="solver 'no/solver' is no solver folder here"):

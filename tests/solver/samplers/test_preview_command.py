@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from tiny_flux import save_tiny_flux
 
+from evaluation.commands.preview import FACTS
 from evaluation.rendering import load_pipeline
 from sample import main
 from solver.samplers.calls import text_length
@@ -75,6 +76,10 @@ def test_errors(model, folder, tmp_path):
         main(["refine", "--preview", str(folder / "1.png"), "--pick", "2", *out])
     with pytest.raises(ValueError, match=r"sheet\.png: which preview is meant"):
         main(["refine", "--preview", str(folder / "sheet.png"), *out])
+    far = shutil.copytree(folder, tmp_path / "far")
+    (far / FACTS).write_text((far / FACTS).read_text().replace(json.dumps(str(model)), '"somebody/something"'))
+    with pytest.raises(OSError, match="To fetch what the file names, say so: --model somebody/something"):
+        main(["refine", "--preview", str(far), "--pick", "2", *out])
     shutil.copy(folder / "1.png", tmp_path / "alone.png")
     with pytest.raises(ValueError, match=r"alone\.png is a preview whose run goes on from the files beside it"):
         main(["refine", "--preview", str(tmp_path / "alone.png"), *out])
