@@ -1,7 +1,8 @@
 """How far a learned solver carries: trained in one place, used in another.
 
-    python -m benchmarks.transfer                                  # every solver of PLACES that runs/ has
+    python -m benchmarks.transfer                                  # every solver that runs/ has, in every place
     python -m benchmarks.transfer --steps 5 --num_prompts 50       # a first look
+    python -m benchmarks.transfer --solver mini-sd=runs/demo/best  # another solver of that place
 
 A place is an evaluation: a model, a size, pictures or edits. In each, every solver is compared with its base rule and
 the classical solvers of that evaluation on the same held-out prompts and noise. Where the noise schedules differ, its
@@ -13,7 +14,7 @@ once) and the choice of grids: about 12 minutes on 2 CPU cores, an hour at 128 p
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.command_line import DTYPES
@@ -25,7 +26,7 @@ class Place:
 
     Attributes:
         config: of an evaluation there.
-        solver: folder of the one that was trained there.
+        solver: folder of the one that was trained there; if it is not there, others are still used here.
         guidance_scale: at which it is used.
         changes: to the config.
     """
@@ -46,13 +47,37 @@ PLACES = {
 }
 
 
+def with_solvers(places: dict[str, Place], given: Sequence[str]) -> dict[str, Place]:
+    """Places with other solvers, each given as "PLACE=FOLDER". Raises ValueError for another place."""
+    changed = dict(places)
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if name not in places or not equals:
+            raise ValueError(f"--solver {text}: expected PLACE=FOLDER with one of {[*places]}.")
+        changed[name] = replace(places[name], solver=folder)
+    return changed
+
+
+def native_scheduler(place: Place):
+    """The solver that was trained in a place; where there is none, the scheduler of its pipeline."""
+    import diffusers
+    import yaml
+
+    from solver import ConsistencySolverScheduler
+
+    if Path(place.solver).is_dir():
+        return ConsistencySolverScheduler.from_pretrained(place.solver)
+    model = yaml.safe_load(Path(place.config).read_text())["model"]
+    name = ConsistencySolverScheduler.load_config(model, subfolder="scheduler")["_class_name"]
+    return getattr(diffusers, name).from_pretrained(model, subfolder="scheduler")
+
+
 def bring(solver: str, place: Place, folder: Path) -> str:
     """The folder of a solver for a place: its own, or a transferred copy where the noise schedules differ."""
     from solver import ConsistencySolverScheduler
     from solver.transfer import transfer
 
-    trained = ConsistencySolverScheduler.from_pretrained(solver)
-    native = ConsistencySolverScheduler.from_pretrained(place.solver)
+    trained, native = ConsistencySolverScheduler.from_pretrained(solver), native_scheduler(place)
     try:
         trained.check_compatible(native)
     except ValueError:
@@ -148,21 +173,28 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--metrics", nargs="+", default=["pixels", "dino"], help="of the tables; the JSON has all")
     parser.add_argument("--output", type=Path, default=Path("runs/transfer"))
+    parser.add_argument(
+        "--solver", action="append", default=[], metavar="PLACE=FOLDER", help="instead of a place's own"
+    )
     args = parser.parse_args()
-    there = {name: place for name, place in PLACES.items() if Path(place.solver).is_dir()}
-    for name in (name for name in PLACES if name not in there):
-        print(f"{name}: left out, there is no {PLACES[name].solver}.")
-    if len(there) < 2:
-        raise SystemExit("A transfer needs solvers of two places. Train them: configs/mini_flux.yaml and its like.")
+    try:
+        places = with_solvers(PLACES, args.solver)
+    except ValueError as error:
+        parser.error(str(error))
+    solvers = [name for name, place in places.items() if Path(place.solver).is_dir()]
+    for name in (name for name in places if name not in solvers):
+        print(f"{name}: no solver of its own, there is no {places[name].solver}.")
+    if not solvers:
+        raise SystemExit("There is no solver. Train one: configs/mini_flux.yaml and its like.")
     from evaluation.table import ran_on
 
     rows, machines = [], []
-    for used in there:
-        for trained in there:
-            metrics = measure(trained, used, there, args.output, args.steps, args.num_prompts, args.dtype)
+    for used in places:
+        for trained in solvers:
+            metrics = measure(trained, used, places, args.output, args.steps, args.num_prompts, args.dtype)
             rows += [{"trained": trained, "used": used, **gain} for gain in gains(metrics)]
             machines.append(ran_on(metrics))
-    guidance = ", ".join(f"{place.guidance_scale:g} for {name}" for name, place in there.items())
+    guidance = ", ".join(f"{place.guidance_scale:g} for {name}" for name, place in places.items())
     ran = "\n".join(dict.fromkeys(machines))
     head = HEAD.format(prompts=args.num_prompts, guidance=guidance, ran_on=ran)
     if unknown := set(args.metrics) - {row["metric"] for row in rows}:

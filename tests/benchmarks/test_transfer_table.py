@@ -1,12 +1,14 @@
 """Solvers away from where they were trained: what is measured, and the table."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from benchmarks import transfer
-from benchmarks.transfer import PLACES, Place, bring, gains, measure, table
+from benchmarks.transfer import PLACES, Place, bring, gains, measure, native_scheduler, table, with_solvers
 from evaluation.config import EvaluationConfig
 from solver import ConsistencySolverScheduler
 
@@ -44,6 +46,14 @@ def test_a_policy_is_brought_to_the_other_model(places, tmp_path):
     assert moved.is_flow
 
 
+def test_a_place_takes_another_solver(places):
+    changed = with_solvers(places, ["here=runs/other"])
+    assert changed["here"].solver == "runs/other" and changed["elsewhere"] == places["elsewhere"]
+    for wrong in ("nowhere=runs/other", "here"):
+        with pytest.raises(ValueError, match=rf"--solver {wrong}: expected PLACE=FOLDER with one of \['here', 'els"):
+            with_solvers(places, [wrong])
+
+
 def paired(metric, higher_is_better, **intervals):
     """Of the learned solver minus each other one, as metrics.json has it."""
     facts = {"a": "learned", "steps": 5, "metric": metric, "difference": 1.0}
@@ -51,6 +61,14 @@ def paired(metric, higher_is_better, **intervals):
         "paired": [{**facts, "b": name, "ci95": interval} for name, interval in intervals.items()],
         "metrics": {metric: {"higher_is_better": higher_is_better}},
     }
+
+
+def test_a_place_without_a_solver_of_its_own(places, flux, tmp_path):
+    empty = replace(places["here"], solver=str(tmp_path / "nothing"))
+    assert isinstance(native_scheduler(empty), FlowMatchEulerDiscreteScheduler)
+    assert bring(places["here"].solver, empty, tmp_path / "unused") == places["here"].solver
+    moved = ConsistencySolverScheduler.from_pretrained(bring(places["elsewhere"].solver, empty, tmp_path / "moved"))
+    assert moved.is_flow
 
 
 def test_gains_say_who_is_ahead_of_all():
