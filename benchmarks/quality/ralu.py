@@ -6,8 +6,8 @@
 
 128 px on zoo/mini-flux and held-out captions, the low stage at 64 px; the presets are solved anew for the shift that
 its scheduler really uses. Caption check, Fréchet distances in DINO's features (to the full run's pictures and to
-rendered scenes), and consistency with the full run of the same seed. Writes metrics.json, table.md, figure.png and
-contact_sheet.png; finished rows are kept.
+rendered scenes), and consistency with the full run of the same seed; and, stage by stage, what RALU's loss is made of.
+Writes metrics.json, table.md, figure.png and contact_sheet.png; finished rows are kept.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ FULL, PLAIN, NAIVE, BOTTLENECK, RALU = "full run", "plain", "naive upsampling", 
 SHOWN = ("4x", "5x", "7x")
 # Rivals at the FLOPs of these presets. Bottleneck's nominal steps: its own setting, and that of RALU's 7x table.
 RIVALLED = {"4x": (4, 13, 8), "7x": (3, 8, 4)}
+STAGED = ("4x",)  # whose loss is shown stage by stage
 NAIVE_END = 0.3  # RALU's first stage ends there too
 ABLATED = "4x"
 ABLATIONS = {
@@ -109,7 +110,20 @@ def rows_of(paint: Painter, full_steps: int, schedules: dict[str, Schedule], abl
             paint.row(f"{BOTTLENECK} {bottleneck}", BOTTLENECK, rivals.bottleneck, mine, steps=bottleneck),
             paint.row(f"{NAIVE} {naive}", NAIVE, rivals.naive, mine, False, steps=naive, end=NAIVE_END),
         ]
+        if preset in STAGED:
+            rows += _stages(paint, preset, schedule)
     return rows + (_ablations(paint, schedules[ABLATED]) if ablations else [])
+
+
+def _stages(paint: Painter, preset: str, schedule: Schedule) -> list[Row]:
+    """Where the loss comes from: each row is compared with the next, which has one thing more; the last is RALU."""
+    steps = sum(schedule.steps)
+    first, second, third = f"{PLAIN}, {steps} steps", f"{preset}, all in full", f"{preset}, only the first small"
+    return [
+        paint.row(first, PLAIN, rivals.plain, second, False, steps=steps),
+        paint.row(second, "", rivals.unmixed, third, False, schedule=schedule, small=False),
+        paint.row(third, "", rivals.unmixed, f"{RALU} {preset}", False, schedule=schedule, small=True),
+    ]
 
 
 def _ablations(paint: Painter, schedule: Schedule) -> list[Row]:

@@ -120,6 +120,11 @@ def test_ralu(arguments, tmp_path):
     assert rows["RALU 5x"]["calls"] == calls((SMALL, 4), (SMALL + 9, 5), (FULL, 6))
     assert rows["RALU 7x"]["calls"] == calls((SMALL, 2), (SMALL + 3, 3), (FULL, 5))
     assert rows["Bottleneck (4, 13, 8)"]["calls"] == calls((SMALL, 10), (FULL, 4 + 5))
+    # each stage of the loss against the next
+    assert rows["plain, 18 steps"]["calls"] == rows["4x, all in full"]["calls"] == calls((FULL, 18))
+    assert rows["4x, only the first small"]["calls"] == calls((SMALL, 5), (FULL, 13))
+    chain = ["plain, 18 steps", "4x, all in full", "4x, only the first small", "RALU 4x"]
+    assert [rows[name]["against"] for name in chain[:-1]] == chain[1:]
     step = rows["full run"]["gflops"] / 6
     for preset in ("4x", "7x"):
         mine = rows[f"RALU {preset}"]

@@ -3,6 +3,7 @@
     plain(pipe, prompt, seed, steps=7)                              # fewer steps of the pipeline's own grid
     naive(pipe, prompt, seed, steps=(9, 9), end=0.5)                # enlarge noisy latents, and go on
     bottleneck(pipe, prompt, seed, steps=(4, 13, 8))                # large, small, large
+    unmixed(pipe, prompt, seed, schedule)                           # RALU's stages, each of one size
 
 Each gives images, latents and its evaluations as pairs (image tokens, steps), for `cost.run_flops`. RALU's own
 ablation, from predicted pictures and new noise, is `Choices(lift=True)`.
@@ -20,8 +21,8 @@ from torch import Tensor
 from solver.samplers.cascade import sigma_grid as own_grid
 from solver.samplers.latents import decode
 from solver.samplers.ralu.noise import enlarge, white_noise
-from solver.samplers.ralu.sampler import prepare
-from solver.samplers.ralu.schedule import scheduler_shift, sigma_grid
+from solver.samplers.ralu.sampler import Choices, noised_again, prepare
+from solver.samplers.ralu.schedule import Schedule, scheduler_shift, sigma_grid
 
 
 class RivalResult(NamedTuple):
@@ -106,6 +107,45 @@ def bottleneck(
         x, _ = run.stage(x, sigmas, scheduler)
         evaluations.append((run.tokens * size[0] * size[1] // (run.shape[1] * run.shape[2]), count))
     return RivalResult(decode(pipe, x), x, evaluations)
+
+
+@torch.no_grad()
+def unmixed(
+    pipe,
+    prompt,
+    seed,
+    schedule: Schedule,
+    small: bool = True,
+    height=None,
+    width=None,
+    scheduler=None,
+    call=None,
+) -> RivalResult:
+    """RALU's stages and restarts without mixed sizes: the second stage is in full, the first one small or in full too.
+
+    Not a rival at equal cost: its distance to RALU is what mixing loses, that between both `small` what the small
+    stage loses, and the rest is the restarts'.
+
+    Args:
+        schedule: its ratio does nothing.
+        small: whether the first stage is of half the size.
+        others: as of `ralu`.
+
+    Raises:
+        ValueError: as `ralu`.
+    """
+    run, choices = prepare(pipe, prompt, seed, height, width, call), Choices()
+    sigmas = schedule.stage_sigmas()
+    x = white_noise(run.generators, run.shape)
+    copied = torch.full((len(x), run.shape[1] // 4, run.shape[2] // 4), small)
+    x, x0 = run.stage(x[..., ::2, ::2] if small else x, sigmas[0], scheduler)
+    if small:
+        x, x0 = enlarge(x, choices.copy), enlarge(x0, choices.copy)
+    for k, now in enumerate((copied, torch.zeros_like(copied))):
+        x = noised_again(run, x, x0, schedule, k, now.to(x.device), torch.zeros_like(now, device=x.device), choices)
+        x, x0 = run.stage(x, sigmas[k + 1], scheduler)
+    tokens = (run.tokens // 4 if small else run.tokens, run.tokens, run.tokens)
+    return RivalResult(decode(pipe, x), x, list(zip(tokens, schedule.steps, strict=True)))
 
 
 def _renoised(x_BCHW: Tensor, noise_BCHW: Tensor, sigma: float) -> Tensor:

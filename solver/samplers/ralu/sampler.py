@@ -169,11 +169,11 @@ def ralu(
     )
     fine = fine_cells(run, x0, schedule.ratio, choices)
 
-    x = _noised_again(run, enlarge(small, choices.copy), enlarge(x0, choices.copy), schedule, 0, fine, ~fine, choices)
+    x = noised_again(run, enlarge(small, choices.copy), enlarge(x0, choices.copy), schedule, 0, fine, ~fine, choices)
     rows = [run.row(i).mixed_stage(x[i : i + 1], sigmas[1], fine[i], choices, scheduler, cache) for i in range(len(x))]
     x, x0 = (torch.cat(parts) for parts in zip(*rows, strict=True))
 
-    x = _noised_again(run, x, x0, schedule, 1, ~fine, torch.zeros_like(fine), choices)
+    x = noised_again(run, x, x0, schedule, 1, ~fine, torch.zeros_like(fine), choices)
     x, _ = run.stage(x, sigmas[2], scheduler, cache)
     return RaluResult(decode(pipe, x), x, fine, schedule)
 
@@ -261,8 +261,11 @@ def fine_cells(run: Run, x0_BChw: Tensor, ratio: float, choices: Choices) -> Ten
     return select(scores.to(x0_BChw.device), ratio)
 
 
-def _noised_again(run: Run, x, x0, schedule: Schedule, k: int, copied, still_coarse, choices: Choices) -> Tensor:
-    """Between stages k and k+1: copies get the noise that takes them back to the next start."""
+def noised_again(run: Run, x, x0, schedule: Schedule, k: int, copied, still_coarse, choices: Choices) -> Tensor:
+    """Between stages k and k+1: copies get the noise that takes them back to the next start.
+
+    `copied` cells get the full resolution now, `still_coarse` ones stay one token: boolean (B, h, w).
+    """
     s, a, b = restart(schedule.ends[k], schedule.Z)
     noise = white_noise(run.generators, run.shape).to(x.device)
     if choices.lift:

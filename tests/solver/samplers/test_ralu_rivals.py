@@ -1,10 +1,13 @@
 """The rivals: what they evaluate, and the runs that they equal in a limit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from solver.samplers.ralu.rivals import bottleneck, lanczos, naive, plain
-from solver.samplers.ralu.sampler import ralu
+from solver.samplers.ralu.plan import as_schedule
+from solver.samplers.ralu.rivals import bottleneck, lanczos, naive, plain, unmixed
+from solver.samplers.ralu.sampler import Choices, ralu
 from tests.tiny_pipelines import SIZE, tiny_pipeline
 
 
@@ -40,6 +43,35 @@ def test_naive():
     assert found.evaluations == [(16, 2), (64, 3)]
     other = ralu(pipe, None, 3, "turbo", SIZE, SIZE, call=call)
     assert not torch.equal(found.latents_BCHW, other.latents_BCHW)
+
+
+def test_unmixed_stages(monkeypatch):
+    """With every cell fine early, RALU is the same run; in full throughout, only the restarts are left."""
+    pipe, call = tiny()
+    schedule = as_schedule("4x")
+    monkeypatch.setattr("solver.samplers.ralu.sampler.select", lambda scores, ratio: torch.ones_like(scores).bool())
+    mixed = ralu(pipe, None, 3, schedule, SIZE, SIZE, choices=Choices(units="full"), call=call)
+    found = unmixed(pipe, None, 3, schedule, height=SIZE, width=SIZE, call=call)
+    assert (found.latents_BCHW - mixed.latents_BCHW).abs().max() < 2e-6
+    assert found.evaluations == [(16, 5), (64, 6), (64, 7)]
+    full = unmixed(pipe, None, 3, schedule, small=False, height=SIZE, width=SIZE, call=call)
+    assert full.evaluations == [(64, 5), (64, 6), (64, 7)]
+    assert not torch.equal(full.latents_BCHW, found.latents_BCHW)
+
+
+def test_restarts_in_full_keep_the_noise_level():
+    """The exact velocity of a white field of variance v keeps it through all stages."""
+    pipe, call = tiny()
+    variance = 0.25
+
+    def velocity(hidden_states, timestep, **_):
+        sigma = timestep.view(-1, 1, 1)
+        return ((sigma - (1 - sigma) * variance) / ((1 - sigma) ** 2 * variance + sigma**2) * hidden_states,)
+
+    pipe.transformer.forward = velocity
+    schedule = replace(as_schedule("4x"), steps=(200, 200, 200))
+    found = unmixed(pipe, None, 3, schedule, small=False, height=16 * SIZE, width=16 * SIZE, call=call)
+    assert found.latents_BCHW.var().item() == pytest.approx(variance, rel=0.02)
 
 
 def test_lanczos():
