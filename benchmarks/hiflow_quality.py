@@ -32,11 +32,12 @@ from torch import Tensor
 
 from benchmarks.hiflow_measures import PATCH, Looker
 from benchmarks.hiflow_report import OTHERS, RENDERED, draw_sheet, summary, table
-from benchmarks.hiflow_rows import GROUPS, Artist, Row, main_rows, variants
+from benchmarks.hiflow_rows import GROUPS, Artist, Row, few_steps, main_rows, variants
 from data.command_line import DTYPES
 from data.scenes import Scene, caption, render_batch
 from evaluation.cache import digest, load, store
 from evaluation.rendering import load_pipeline
+from evaluation.solvers import describe
 from rewards import load_reward
 from solver.samplers.digest import reward_digest, weights_digest
 from solver.samplers.hiflow import HiFlowResult, Recipe, with_steps
@@ -131,6 +132,8 @@ class Bench:
     def _digest(self, name: str, row: Row | None, numbers: range) -> str:
         """By what is drawn: two rows with the same numbers are the same pictures, whatever they are called."""
         made = [name] if row is None else [row.alignment, row.alignment and asdict(row.recipe)]
+        if row is not None and row.scheduler is not None:
+            made.append(describe(row.scheduler, row.recipe.steps))
         here = {"batch": [numbers.start, numbers.stop], "prompts": self._prompts(numbers), "sheet": self.sheet_rows}
         return digest({**self.facts, **here, "base": asdict(self.recipe), "row": made})
 
@@ -145,7 +148,7 @@ def budget(artist: Artist, rows: list[Row], num_prompts: int) -> str:
     for row in rows:
         for size, number in artist.evaluations(row):
             steps[size] += number
-    steps[artist.sizes[0]] = rows[0].recipe.steps  # shared
+    steps[artist.sizes[0]] += rows[0].recipe.steps  # shared
     seconds = {size: artist.seconds_per_evaluation(rows[0].recipe, size) for size in steps}
     minutes = num_prompts * sum(number * seconds[size] for size, number in steps.items()) / 60
     words = [f"{num_prompts * n:,} at {size} px ({1 / seconds[size]:.2g} a second)" for size, n in steps.items()]
@@ -163,6 +166,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--preset", default="code", help="code or paper: the numbers of the main rows")
     parser.add_argument("--also", nargs="+", choices=GROUPS, default=[], help="groups of further rows")
+    parser.add_argument("--solver", help="folder of a learned solver: rows of few steps with it, and with the own one")
     parser.add_argument("--steps", type=int, help="of the base; the larger stages keep their share of it")
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[3.0], help="one, or one a size")
     parser.add_argument("--batch_size", type=int, default=20)
@@ -190,6 +194,8 @@ def main(arguments: list[str] | None = None) -> dict:
     guidance = args.guidance_scale if len(args.guidance_scale) > 1 else args.guidance_scale[0]
     artist = Artist(pipe, args.sizes, guidance)
     rows = [*main_rows(recipe), *(row for group in args.also for row in variants(group, recipe, pipe, args.sizes))]
+    if args.solver:
+        rows += few_steps(recipe, pipe, args.solver, args.guidance_scale[0])
     dino = load_reward("dino", model=args.dino, device=pipe.device)
     segmentation = load_reward("segmentation", model=args.segmentation, device=pipe.device)
     shape = {"sizes": args.sizes, "guidance_scale": guidance, "patches": args.patches, "dtype": args.dtype}

@@ -5,19 +5,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
+from evaluation.solvers import load_solver
 from solver.samplers.calls import text_length
 from solver.samplers.cost import network_of
 from solver.samplers.hiflow import HiFlowResult, Recipe, hiflow, with_steps
 from solver.samplers.hiflow.alignment import enlarge
 from solver.samplers.hiflow.explain import stage_flops
 from solver.samplers.hiflow.model_patches import takes_patches
-from solver.samplers.hiflow.noise import prediction_type
+from solver.samplers.hiflow.noise import prediction_type, stage_solver
 from solver.samplers.hiflow.plan import PRESETS, Stage, plan_stages
 from solver.samplers.latents import patch_size, vae_factor
 
+FEW = (5, 8)  # steps of the base; larger stages have their share
 STOCK, DIRECT, BICUBIC, FULL = "stock", "direct", "bicubic", "full"
 
 
@@ -28,11 +30,14 @@ class Row(NamedTuple):
         name: in the table.
         alignment: of `hiflow`; None where the base picture is only enlarged, `STOCK` for the pipeline by itself.
         recipe: likewise.
+        scheduler: of all stages, the base's too, which is then the row's own; None for the pipeline's, after the
+            shared base.
     """
 
     name: str
     alignment: str | None
     recipe: Recipe
+    scheduler: SchedulerMixin | None = None
 
 
 def main_rows(recipe: Recipe) -> list[Row]:
@@ -73,6 +78,25 @@ def variants(group: str, recipe: Recipe, pipe: DiffusionPipeline, sizes: Sequenc
             known.append(numbers)
             rows.append(Row(label, "full", other))
     return rows
+
+
+def few_steps(recipe: Recipe, pipe: DiffusionPipeline, solver: str, guidance_scale: float) -> list[Row]:
+    """The full method in few steps of every stage, with the pipeline's own solver and with a learned one.
+
+    Args:
+        recipe: that of the main rows.
+        pipe: of the noise schedule that the solver was learned on.
+        solver: folder of the learned one.
+        guidance_scale: that its policy is told.
+    """
+    learned = load_solver(solver, pipe.scheduler)
+    learned.guidance_scale = guidance_scale
+    solvers = {"": stage_solver(pipe, None), ", learned": learned}
+    return [
+        Row(f"{FULL}, {steps} steps{name}", "full", with_steps(recipe, steps), scheduler)
+        for steps in FEW
+        for name, scheduler in solvers.items()
+    ]
 
 
 def _numbers(recipe: Recipe, sizes: Sequence[int], pipe: DiffusionPipeline) -> tuple:
@@ -119,11 +143,11 @@ class Artist:
         self.call = text_length(pipe)
 
     def evaluations(self, row: Row) -> Iterator[tuple[int, int]]:
-        """(size, evaluations of the network) of each of the row's stages after the base, guidance included."""
+        """(size, evaluations of the network) of each of the row's stages after a shared base, guidance included."""
         if row.alignment in ("none", STOCK):
             yield from ((size, row.recipe.steps) for size in self.sizes[1:])
         elif row.alignment is not None:
-            for stage in plan_stages(self.sizes, row.recipe, 1)[1:]:
+            for stage in plan_stages(self.sizes, row.recipe, 1)[row.scheduler is None :]:
                 yield stage.height, stage.steps
 
     def gflops(self, row: Row, size: int) -> float | None:
@@ -169,6 +193,9 @@ class Artist:
                 hiflow(self.pipe, prompts, seeds, (size,), row.recipe, **given).images[0] for size in self.sizes[1:]
             ]
         given = {"guidance_scale": self.guidance_scale, "alignment": row.alignment, "call": self.call}
+        if row.scheduler is not None:
+            given["scheduler"] = row.scheduler
+            return hiflow(self.pipe, prompts, seeds, self.sizes, row.recipe, **given).images[1:]
         if row.alignment != "none":
             result = hiflow(self.pipe, prompts, seeds, self.sizes, row.recipe, smaller=base, **given)
             return result.images[1:]

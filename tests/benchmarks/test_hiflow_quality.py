@@ -14,6 +14,7 @@ from benchmarks.hiflow_rows import FULL, Artist, main_rows, variants
 from data.prompts import read_prompts
 from data.scenes import render_batch
 from evaluation.rendering import load_pipeline
+from solver import ConsistencySolverScheduler
 from solver.samplers.hiflow import PRESETS, with_steps
 from solver.samplers.hiflow.alignment import enlarge
 
@@ -130,6 +131,32 @@ def test_edges_first_costs_less_at_the_last_size_only(tmp_path):
     costs = [[artist.gflops(row, size) for size in (64, 128)] for row in (full, *rows)]
     assert {small for small, _ in costs} == {costs[0][0]}
     assert all(large < costs[0][1] for _, large in costs[1:]) and costs[4][1] < costs[3][1] < costs[1][1]
+
+
+def test_few_steps_of_two_solvers(tmp_path):
+    """With a solver that is Euler's rule on the own grid, both rows are one; a policy that moves it draws others."""
+    model = save_tiny_flux(tmp_path / "flux")
+    pipe = load_pipeline(str(model), "float32", "cpu")
+    solver = ConsistencySolverScheduler.from_scheduler(pipe.scheduler, order=2, base_rule="ddim")
+    solver.save_pretrained(tmp_path / "euler")
+    with torch.no_grad():
+        solver.policy.mlp[-1].bias.fill_(0.3)
+    solver.save_pretrained(tmp_path / "moved")
+    arguments = ["--model", str(model), "--sizes", "32", "64", "--device", "cpu", "--num_prompts", "2", "--steps", "4"]
+    for name in ("euler", "moved"):
+        output = tmp_path / "out"
+        report = main([*arguments, "--output", str(output), "--solver", str(tmp_path / name), "--patches", "1"])
+        rows = report["results"]["64"]
+        assert list(rows)[-4:] == [
+            "full, 5 steps",
+            "full, 5 steps, learned",
+            "full, 8 steps",
+            "full, 8 steps, learned",
+        ]
+        own, learned = (rows[f"full, 8 steps{name}"]["edge_sharpness"]["value"] for name in ("", ", learned"))
+        assert (learned == pytest.approx(own, abs=1e-4)) == (name == "euler")
+    costs = report["gflops"]["64"]
+    assert costs["full, 5 steps"] == costs["full, 5 steps, learned"] < costs["full, 8 steps"]
 
 
 def test_bad_input(tmp_path, capsys):
