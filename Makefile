@@ -37,7 +37,7 @@ test-browser: .venv/installed-dev
 # Pictures of every page, for docs; SOLVER=folder adds the learned solver.
 screenshots: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet playwright
-	HF_HUB_OFFLINE=1 SCREENSHOTS=docs/light_table $(BIN)/python -m pytest -m browser tests/browser/test_light_table.py
+	HF_HUB_OFFLINE=1 SCREENSHOTS=docs/light_table $(BIN)/python -m pytest -m browser tests/browser/test_light_table.py tests/browser/test_half_size.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

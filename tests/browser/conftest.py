@@ -2,7 +2,7 @@
 
 Needs playwright (pip) and a Chromium: Debian's package, or the program that CHROMIUM names. Two more variables of the
 environment: PATIENCE multiplies all limits on a busy machine; SCREENSHOTS is a folder for pictures of every page, as
-in docs/light_table (`make screenshots`), with the learned solver that SOLVER names, if it does.
+in docs/light_table (`make screenshots`), with the learned solvers that SOLVER and FLUX_SOLVER name, if they do.
 """
 
 import os
@@ -19,8 +19,9 @@ from lighttable.table import LightTable
 
 @pytest.fixture(scope="module")
 def table():
-    rewards = {"depth": "zoo/depth", "clip": "zoo/clip", "dino": "zoo/dino"} if os.environ.get("SCREENSHOTS") else {}
-    table = LightTable.open("zoo/mini-sd", solver=os.environ.get("SOLVER"), rewards=rewards)
+    from steps import rewards_of_pictures
+
+    table = LightTable.open("zoo/mini-sd", solver=os.environ.get("SOLVER"), rewards=rewards_of_pictures())
     table.warm_up()
     return table
 
