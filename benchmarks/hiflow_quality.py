@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> dict:
         args.batch_size,
         args.sheet_rows,
         args.output / "cache",
-        {"version": VERSION, "scheduler": dict(pipe.scheduler.config), **shape, **networks},
+        {"version": VERSION, "scheduler": describe(pipe.scheduler, recipe.steps), **shape, **networks},
     )
     start = time.perf_counter()
     seen = bench.run(rows)

@@ -27,10 +27,12 @@ from data.teacher import library_versions
 from evaluation.cache import digest, load, store
 from evaluation.instruments import CAPTION_CHECK, SCORE, Instruments
 from evaluation.rendering import Samples
+from evaluation.solvers import describe
 from evaluation.targets import to_8_bits
 from solver.prompt_embeddings import PromptEmbeddings
 from solver.samplers.calls import guidance
 from solver.samplers.digest import weights_digest
+from solver.samplers.latents import denoiser
 
 AGREEMENT = "check_agreement"
 PLANNED = 4  # pictures with which a run is planned
@@ -121,6 +123,8 @@ class Study:
         self.embeddings = PromptEmbeddings(self.pipe)
         self._identity = {
             "weights": weights_digest(self.pipe),
+            "dtype": str(denoiser(self.pipe).dtype),  # the digest is of values, whatever holds them
+            "scheduler": describe(self.pipe.scheduler, PLANNED),
             "instruments": self.instruments.identity,
             "versions": library_versions(),
             "device": self.pipe.device.type,

@@ -91,11 +91,18 @@ def test_preview(flux, arguments, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", [preview, ralu])
-def test_bfloat16(command, arguments, tmp_path):
+def test_bfloat16(command, flux, arguments, tmp_path, capsys):
+    """Stored in bfloat16, a model has the same values in both types: they must not share a cache."""
+    load_pipeline(flux, "bfloat16", "cpu").save_pretrained(tmp_path / "flux")
+    arguments += ["--model", str(tmp_path / "flux")]
     arguments += ["--num_prompts", "2", "--dtype", "bfloat16"]
-    report = command.main([*arguments, "--output", str(tmp_path)])
+    arguments += ["--output", str(tmp_path)]
+    report = command.main(arguments)
     check_full_run(rows_of(report)["full run"], steps=6)
     assert report["dtype"] == "bfloat16" and "bfloat16" in (tmp_path / "table.md").read_text()
+    assert "are there" not in capsys.readouterr().out
+    again = command.main([*arguments, "--dtype", "float32"])  # nothing is taken from the other cache
+    assert "are there" not in capsys.readouterr().out and again["dtype"] == "float32"
 
 
 def test_sweep_of_guided_steps_and_strengths(flux):
