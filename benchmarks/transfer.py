@@ -12,12 +12,17 @@ once) and the choice of grids: about 12 minutes on 2 CPU cores, an hour at 128 p
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data.command_line import DTYPES
+
+if TYPE_CHECKING:
+    from evaluation.config import EvaluationConfig
 
 
 @dataclass(frozen=True)
@@ -28,45 +33,47 @@ class Place:
         config: of an evaluation there.
         solver: folder of the one that was trained there; if it is not there, others are still used here.
         guidance_scale: at which it is used.
+        base_grid: of solvers that come from another noise schedule, as `solver.transfer` takes it.
         changes: to the config.
     """
 
     config: str
     solver: str
     guidance_scale: float
+    base_grid: dict = field(default_factory=dict)
     changes: dict = field(default_factory=dict)
 
 
 PLACES = {
-    "mini-sd": Place("configs/eval_mini_sd.yaml", "runs/mini_sd/best", 3.0),
+    "mini-sd": Place("configs/eval_mini_sd.yaml", "runs/mini_sd/best", 3.0, {"timestep_spacing": "trailing"}),
     "mini-flux, 64 px": Place("configs/eval_mini_flux.yaml", "runs/mini_flux/best", 4.0),
     "mini-flux, 128 px": Place(
-        "configs/eval_mini_flux.yaml", "runs/mini_flux_128/best", 4.0, {"height": 128, "width": 128}
+        "configs/eval_mini_flux.yaml", "runs/mini_flux_128/best", 4.0, changes={"height": 128, "width": 128}
     ),
     "edits, 64 px": Place("configs/eval_mini_kontext.yaml", "runs/mini_kontext/best", 2.0),
 }
 
 
 def with_solvers(places: dict[str, Place], given: Sequence[str]) -> dict[str, Place]:
-    """Places with other solvers, each given as "PLACE=FOLDER". Raises ValueError for another place."""
+    """Places with other solvers, each given as "PLACE=FOLDER". Raises ValueError for what is not there."""
     changed = dict(places)
     for text in given:
         name, equals, folder = text.partition("=")
         if name not in places or not equals:
             raise ValueError(f"--solver {text}: expected PLACE=FOLDER with one of {[*places]}.")
+        if not Path(folder).is_dir():
+            raise ValueError(f"--solver {text}: there is no folder {folder}.")
         changed[name] = replace(places[name], solver=folder)
     return changed
 
 
-def native_scheduler(place: Place):
-    """The solver that was trained in a place; where there is none, the scheduler of its pipeline."""
+def own_scheduler(place: Place):
+    """The scheduler of a place's pipeline, without its weights."""
     import diffusers
     import yaml
 
     from solver import ConsistencySolverScheduler
 
-    if Path(place.solver).is_dir():
-        return ConsistencySolverScheduler.from_pretrained(place.solver)
     model = yaml.safe_load(Path(place.config).read_text())["model"]
     name = ConsistencySolverScheduler.load_config(model, subfolder="scheduler")["_class_name"]
     return getattr(diffusers, name).from_pretrained(model, subfolder="scheduler")
@@ -77,23 +84,22 @@ def bring(solver: str, place: Place, folder: Path) -> str:
     from solver import ConsistencySolverScheduler
     from solver.transfer import transfer
 
-    trained, native = ConsistencySolverScheduler.from_pretrained(solver), native_scheduler(place)
+    trained, own = ConsistencySolverScheduler.from_pretrained(solver), own_scheduler(place)
     try:
-        trained.check_compatible(native)
+        trained.check_compatible(own)
     except ValueError:
-        transfer(trained, native).save_pretrained(folder)
+        transfer(trained, own, **place.base_grid).save_pretrained(folder)
         return str(folder)
     return solver
 
 
-def measure(
+def evaluation_of(
     trained: str, used: str, places: dict[str, Place], output: Path, steps: Sequence[int], prompts: int, dtype: str
-) -> dict:
-    """metrics.json of one solver in one place."""
+) -> "EvaluationConfig":
+    """What is to be measured of one solver in one place. Raises ValueError if it cannot be brought there."""
     import yaml
 
     from evaluation.config import EvaluationConfig
-    from evaluation.run import evaluate
 
     place = places[used]
     folder = output / f"{trained} on {used}".replace(", ", "_").replace(" ", "_")
@@ -108,7 +114,7 @@ def measure(
         "cache_dir": str(output / "cache"),
         "dtype": dtype,
     }
-    return evaluate(EvaluationConfig(**knobs))
+    return EvaluationConfig(**knobs)
 
 
 def gains(metrics: dict) -> list[dict]:
@@ -159,7 +165,7 @@ HEAD = """\
 
 Learned minus its own base rule, paired on {prompts} held-out prompts, with 95 % intervals; guidance is {guidance};
 bold where it is ahead of every classical solver of that place's evaluation too; ↓ is better low. Only what is in the
-same column can be compared.
+same column can be compared. Solvers: {solvers}.
 
 {ran_on}
 
@@ -186,21 +192,25 @@ def main() -> None:
         print(f"{name}: no solver of its own, there is no {places[name].solver}.")
     if not solvers:
         raise SystemExit("There is no solver. Train one: configs/mini_flux.yaml and its like.")
+    from evaluation.run import evaluate
     from evaluation.table import ran_on
 
+    settings = args.output, args.steps, args.num_prompts, args.dtype
+    plan = {(a, b): evaluation_of(a, b, places, *settings) for b, a in itertools.product(places, solvers)}
+    if unknown := [name for name in args.metrics if any(name not in config.rewards for config in plan.values())]:
+        parser.error(f"--metrics {' '.join(unknown)}: not a reward of every place.")
     rows, machines = [], []
-    for used in places:
-        for trained in solvers:
-            metrics = measure(trained, used, places, args.output, args.steps, args.num_prompts, args.dtype)
-            rows += [{"trained": trained, "used": used, **gain} for gain in gains(metrics)]
-            machines.append(ran_on(metrics))
+    for (trained, used), config in plan.items():
+        metrics = evaluate(config)
+        rows += [{"trained": trained, "used": used, **gain} for gain in gains(metrics)]
+        machines.append(ran_on(metrics))
     guidance = ", ".join(f"{place.guidance_scale:g} for {name}" for name, place in places.items())
     ran = "\n".join(dict.fromkeys(machines))
-    head = HEAD.format(prompts=args.num_prompts, guidance=guidance, ran_on=ran)
-    if unknown := set(args.metrics) - {row["metric"] for row in rows}:
-        raise SystemExit(f"--metrics {' '.join(sorted(unknown))}: not measured in these places.")
+    folders = {name: places[name].solver for name in solvers}
+    shown = ", ".join(f"{name}: {folder}" for name, folder in folders.items())
+    head = HEAD.format(prompts=args.num_prompts, guidance=guidance, solvers=shown, ran_on=ran)
     text = head + "\n".join(table(rows, metric) for metric in args.metrics)
-    (args.output / "transfer.json").write_text(json.dumps(rows, indent=1))
+    (args.output / "transfer.json").write_text(json.dumps({"solvers": folders, "rows": rows}, indent=1) + "\n")
     (args.output / "transfer.md").write_text(text)
     print(text)
 

@@ -387,7 +387,7 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         head, num_bins, hidden_dim, inputs: the policy; `inputs` is `"noise_levels"` or `"published"` (two timesteps).
         weight_bound, grid_bound (`float`): largest residual on a weight and on the log of a gap.
         weight_ranges (`list` of pairs, *optional*): ranges of the weight residuals of the categorical head; as
-            published ([0, 2], [-2, 0], then [-1, 1]) if not given.
+            published if not given: [0, 2], [-2, 0], then [-1, 1]; of a flow model [0, 1], where order 2 is published.
         trained_steps (`list` of two, *optional*): fewest and most steps that the policy was trained on, written by
             training; with fewer or more the residuals are zero, so that a run is never worse than the base rule's,
             and a warning says so once.
@@ -520,7 +520,8 @@ class ConsistencySolverScheduler(SchedulerMixin, ConfigMixin):
         if config.head == "gaussian":
             ranges = [(-config.weight_bound, config.weight_bound)] * dims
         else:
-            ranges = (config.weight_ranges or [(0.0, 2.0), (-2.0, 0.0), *[(-1.0, 1.0)] * dims])[:dims]
+            published = [(0.0, 1.0)] if self.is_flow else [(0.0, 2.0), (-2.0, 0.0)]
+            ranges = (config.weight_ranges or [*published, *[(-1.0, 1.0)] * dims])[:dims]
         if len(ranges) != dims:
             raise ValueError(f"order {config.solver_order} needs {dims} weight_ranges, got {config.weight_ranges}.")
         return [*ranges, *[(-config.grid_bound, config.grid_bound)] * config.learn_grid]

@@ -84,8 +84,8 @@ def run_segment(
         the latents at the segment's end, unpacked, in the dtype of the pipeline's run.
 
     Raises:
-        ValueError: the latents are not of the segment's size, the sigmas do not fall, or the solver cannot walk a
-            given grid.
+        ValueError: the latents are not of the segment's size, the sigmas do not fall, there are no such steps, or the
+            solver cannot walk a given grid, or evaluates the network more than once a step.
     """
     shape = latent_shape(pipe, segment.height, segment.width, call.get("num_frames"))
     if tuple(latents.shape[1:]) != shape:
@@ -244,6 +244,11 @@ class SegmentScheduler:
             set_grid(self._solver, self._segment.sigmas, device)
         else:
             set_own_grid(self._solver, num_inference_steps, device, sigmas=sigmas, timesteps=timesteps, mu=mu)
+        if len(self._solver.timesteps) != self._of:
+            raise ValueError(
+                f"{type(self._solver).__name__} makes {len(self._solver.timesteps)} evaluations of {self._of} steps; "
+                "segments need one a step."
+            )
         if hasattr(self._solver, "set_begin_index"):
             self._solver.set_begin_index(self._first)
 
@@ -265,8 +270,15 @@ class SegmentScheduler:
 
 
 def _piece(segment: Segment) -> tuple[int, int, int]:
-    """First step, stop, and number of steps of the segment's grid."""
-    return segment.steps or (0, len(segment.sigmas) - 1, len(segment.sigmas) - 1)
+    """First step, stop, and number of steps of the segment's grid. Raises ValueError for a piece that is none."""
+    if segment.steps is None and segment.sigmas is None:
+        raise ValueError("A segment without sigmas needs steps=(first, stop, of) of the pipeline's own grid.")
+    first, stop, of = segment.steps or (0, len(segment.sigmas) - 1, len(segment.sigmas) - 1)
+    if not 0 <= first < stop <= of:
+        raise ValueError(f"steps={(first, stop, of)}: expected 0 <= first < stop <= of.")
+    if segment.sigmas is not None and len(segment.sigmas) != of + 1:
+        raise ValueError(f"steps={(first, stop, of)} of {len(segment.sigmas)} sigmas: expected {of + 1} of them.")
+    return first, stop, of
 
 
 class _GridKnown(Exception):
@@ -308,7 +320,7 @@ def set_grid(scheduler: SchedulerMixin, sigmas: Sequence[float] | Tensor, device
         ValueError: the sigmas do not fall, or the solver cannot walk a given grid.
     """
     sigmas = torch.as_tensor(sigmas, dtype=torch.float32).cpu()
-    if len(sigmas) < 2 or (sigmas.diff() > 0).any() or sigmas[0] > 1 or sigmas[-1] < 0:
+    if len(sigmas) < 2 or not (sigmas.diff() <= 0).all() or sigmas[0] > 1 or sigmas[-1] < 0:  # NaN falls nowhere
         raise ValueError(f"sigmas {sigmas.tolist()}: expected two or more that fall from at most 1 to at least 0.")
     if isinstance(scheduler, ConsistencySolverScheduler):
         table = _table_on(scheduler, sigmas)

@@ -1,6 +1,8 @@
 """Solvers away from where they were trained: what is measured, and the table."""
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ import yaml
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from benchmarks import transfer
-from benchmarks.transfer import PLACES, Place, bring, gains, measure, native_scheduler, table, with_solvers
+from benchmarks.transfer import PLACES, Place, bring, evaluation_of, gains, own_scheduler, table, with_solvers
 from evaluation.config import EvaluationConfig
+from evaluation.run import evaluate
 from solver import ConsistencySolverScheduler
 
 
@@ -31,12 +34,12 @@ def places(flux, tmp_path):
             solver.policy.mlp[-1].bias.fill_(0.3)
         solver.save_pretrained(tmp_path / name)
     size = {"height": 32, "width": 32}
-    return {name: Place(str(tmp_path / "eval.yaml"), str(tmp_path / name), 3.0, size) for name in own}
+    return {name: Place(str(tmp_path / "eval.yaml"), str(tmp_path / name), 3.0, changes=size) for name in own}
 
 
 def test_a_policy_is_brought_to_the_other_model(places, tmp_path):
     assert bring(places["here"].solver, places["here"], tmp_path / "unused") == places["here"].solver
-    metrics = measure("elsewhere", "here", places, tmp_path / "out", [3], 2, "float32")
+    metrics = evaluate(evaluation_of("elsewhere", "here", places, tmp_path / "out", [3], 2, "float32"))
     means = {row["solver"]: row["metrics"]["pixels"]["mean"] for row in metrics["rows"] if row["solver"] != "full"}
     (gain,) = gains(metrics)
     assert gain["higher_is_better"]
@@ -46,9 +49,11 @@ def test_a_policy_is_brought_to_the_other_model(places, tmp_path):
     assert moved.is_flow
 
 
-def test_a_place_takes_another_solver(places):
-    changed = with_solvers(places, ["here=runs/other"])
-    assert changed["here"].solver == "runs/other" and changed["elsewhere"] == places["elsewhere"]
+def test_a_place_takes_another_solver(places, tmp_path):
+    changed = with_solvers(places, [f"here={tmp_path}"])
+    assert changed["here"].solver == str(tmp_path) and changed["elsewhere"] == places["elsewhere"]
+    with pytest.raises(ValueError, match="--solver here=a/typo: there is no folder a/typo"):
+        with_solvers(places, ["here=a/typo"])
     for wrong in ("nowhere=runs/other", "here"):
         with pytest.raises(ValueError, match=rf"--solver {wrong}: expected PLACE=FOLDER with one of \['here', 'els"):
             with_solvers(places, [wrong])
@@ -65,10 +70,20 @@ def paired(metric, higher_is_better, **intervals):
 
 def test_a_place_without_a_solver_of_its_own(places, flux, tmp_path):
     empty = replace(places["here"], solver=str(tmp_path / "nothing"))
-    assert isinstance(native_scheduler(empty), FlowMatchEulerDiscreteScheduler)
+    assert isinstance(own_scheduler(empty), FlowMatchEulerDiscreteScheduler)
     assert bring(places["here"].solver, empty, tmp_path / "unused") == places["here"].solver
     moved = ConsistencySolverScheduler.from_pretrained(bring(places["elsewhere"].solver, empty, tmp_path / "moved"))
     assert moved.is_flow
+
+
+def test_the_base_grid_is_the_places(places, tmp_path, monkeypatch):
+    """Whether or not a solver was trained there."""
+    own = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    monkeypatch.setattr(transfer, "own_scheduler", lambda place: own)
+    for spacing in ("trailing", "leading"):
+        place = replace(places["elsewhere"], base_grid={"timestep_spacing": spacing})
+        moved = ConsistencySolverScheduler.from_pretrained(bring(places["here"].solver, place, tmp_path / spacing))
+        assert moved.config.timestep_spacing == spacing
 
 
 def test_gains_say_who_is_ahead_of_all():
@@ -97,12 +112,20 @@ def test_the_report_says_what_it_ran_on(tmp_path, monkeypatch, capsys):
     metrics = paired("pixels", True, base=[0.5, 1.5]) | run | {"versions": {"torch": "2", "diffusers": "1"}}
     places = {name: Place("unused", str(tmp_path), 3.0) for name in ("a", "b")}
     monkeypatch.setattr(transfer, "PLACES", places)
-    monkeypatch.setattr(transfer, "measure", lambda *_: metrics)
+    monkeypatch.setattr(transfer, "evaluation_of", lambda *_: SimpleNamespace(rewards=["pixels"]))
+    monkeypatch.setattr("evaluation.run.evaluate", lambda config: metrics)
     monkeypatch.setattr("sys.argv", ["transfer", "--metrics", "pixels", "--output", str(tmp_path)])
     transfer.main()
     report = (tmp_path / "transfer.md").read_text()
     assert "\n\nabacus, float32, batches of 50, torch 2, diffusers 1.\n\n### 5 steps, pixels\n" in report
+    assert f"Solvers: a: {tmp_path}, b: {tmp_path}." in report
+    assert json.loads((tmp_path / "transfer.json").read_text())["solvers"] == {"a": str(tmp_path), "b": str(tmp_path)}
     assert capsys.readouterr().out.startswith(report)
+    monkeypatch.setattr("sys.argv", ["transfer", "--metrics", "pixels", "dinno", "--output", str(tmp_path)])
+    monkeypatch.setattr("evaluation.run.evaluate", None)  # said before anything is measured
+    with pytest.raises(SystemExit):
+        transfer.main()
+    assert "--metrics dinno: not a reward of every place" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", PLACES)

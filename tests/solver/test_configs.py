@@ -1,14 +1,17 @@
 """Every config that trains a solver can be read, and says what it should."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler
 from trl import TrlParser
 
 from solver.amed import AmedConfig
 from solver.distillation import DistillationConfig
-from solver.run_config import SolverRunConfig
+from solver.run_config import SolverRunConfig, make_solver
 from solver.trainer_config import ConsistencySolverConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -56,6 +59,16 @@ def test_published_recipes_have_the_published_numbers(name, tmp_path):
     both = {**vars(args), **vars(config)}
     expected = PUBLISHED[name] | SHARED
     assert {key: both[key] for key in expected} == expected
+
+
+def test_the_published_bins_of_flux():
+    """1 + a and -a, a = 0, .1, .. 1 (released code)."""
+    arguments = ["--config", str(RECIPES / "published_flux_kontext.yaml"), "--output_dir", "unused"]
+    config, _ = TrlParser((SolverRunConfig, ConsistencySolverConfig)).parse_args_and_config(
+        [*arguments, "--report_to", "none"]
+    )
+    solver = make_solver(config, SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler()))
+    torch.testing.assert_close(solver.policy.action_values, torch.linspace(0, 1, 11)[None])
 
 
 @pytest.mark.parametrize(("kind", "name"), [(DistillationConfig, "distilled_mini_sd"), (AmedConfig, "amed_mini_sd")])

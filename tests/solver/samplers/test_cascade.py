@@ -8,6 +8,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from tiny_pipelines import FAMILIES, tiny_pipeline
@@ -116,6 +117,28 @@ def test_a_step_function_sees_and_changes_the_step():
 
     moved = run_segment(pipe, noise, Segment(sigmas, SIZE, SIZE, on_step=stand_still), **call)
     torch.testing.assert_close(moved, noise + STEPS)
+
+
+@pytest.mark.parametrize("steps", [(2, 9, 3), (-1, 3, 3), (1, 1, 3), (3, 5, 3), (0, 2, 2)])
+def test_steps_that_are_no_piece_of_the_grid_are_refused(steps):
+    pipe, call, noise = prepared("flux")
+    with pytest.raises(ValueError, match=r"steps=\("):
+        run_segment(pipe, noise, Segment([1.0, 0.6, 0.3, 0.0], SIZE, SIZE, steps=steps), **call)
+    with pytest.raises(ValueError, match="without sigmas needs steps"):
+        run_segment(pipe, noise, Segment(None, SIZE, SIZE), **call)
+
+
+def test_a_sigma_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="expected two or more that fall"):
+        set_grid(FlowMatchEulerDiscreteScheduler(), [1.0, float("nan"), 0.0])
+
+
+def test_a_scheduler_that_asks_twice_in_a_step_is_refused():
+    """PNDM, whose order is 1, evaluates the second of its timesteps twice."""
+    pipe, call, noise = prepared("sd")
+    scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    with pytest.raises(ValueError, match="PNDMScheduler makes 7 evaluations of 6 steps"):
+        run_segment(pipe, noise, Segment(None, SIZE, SIZE, steps=(0, 6, 6)), scheduler, **call)
 
 
 def test_the_learned_solver_walks_given_sigmas():
