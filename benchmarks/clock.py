@@ -22,13 +22,10 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def median_s(
-    run: Callable[[], object], repeats: int, device: torch.device, prepare: Callable[[], object] = lambda: None
-) -> float:
-    """Median wall time of `run` in seconds, the device queue emptied before and after; `prepare` is untimed."""
+def median_s(run: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Median wall time of `run` in seconds, the device queue emptied before and after."""
     times = []
     for _ in range(repeats + 1):  # the first is the warm-up
-        prepare()
         start = now(device)
         run()
         times.append(now(device) - start)
@@ -83,7 +80,7 @@ def command_line(doc: str) -> argparse.ArgumentParser:
     """What every benchmark of speed is told."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="the GPU if there is one, by default")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the denoiser; float32 on a CPU")
     parser.add_argument("--shapes", choices=["tiny", "published"], help="tiny on a CPU")
     parser.add_argument("--repeats", type=int, default=3)
@@ -93,7 +90,7 @@ def command_line(doc: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     """The arguments; what was left to the device is filled in."""
     given = parser.parse_args(arguments)
-    given.device = torch.device(given.device)
+    given.device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_cpu = given.device.type == "cpu"
     given.dtype = getattr(torch, given.dtype or ("float32" if on_cpu else "bfloat16"))
     given.tiny = (given.shapes or ("tiny" if on_cpu else "published")) == "tiny"
@@ -111,7 +108,7 @@ def print_row(row: dict) -> None:
 def write_report(given: argparse.Namespace, results: dict) -> None:
     """The results, beside what they were measured on and how."""
     cuda = given.device.type == "cuda"
-    hardware = torch.cuda.get_device_name(given.device) if cuda else platform.processor() or "cpu"
+    hardware = torch.cuda.get_device_name(given.device) if cuda else f"{platform.machine()} processor"
     hidden = ("output", "shapes", "device", "dtype")
     settings = {name: value for name, value in vars(given).items() if name not in hidden}
     settings |= {"device": str(given.device), "dtype": str(given.dtype).removeprefix("torch.")}

@@ -1,7 +1,6 @@
 """What HiFlow costs at FLUX.1-dev's shape, and how much of it is not the network.
 
-    python -m benchmarks.hiflow --output runs/hiflow.json --device cuda
-    python -m benchmarks.hiflow --output runs/hiflow.json          # a rehearsal on a CPU, in a minute
+    python -m benchmarks.hiflow --output runs/hiflow.json            # on a CPU a rehearsal of a minute, tiny networks
 
 Random weights (`benchmarks.shapes`). The cascade 1024 → 2048 → 4096 of the preset `code`, once, after a
 warm-up of the small stages. The bars: less than 2 % of the time is spent outside of the network and the autoencoder,

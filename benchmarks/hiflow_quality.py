@@ -166,7 +166,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--preset", default="code", help="code or paper: the numbers of the main rows")
     parser.add_argument("--also", nargs="+", choices=GROUPS, default=[], help="groups of further rows")
-    parser.add_argument("--solver", help="folder of a learned solver: rows of few steps with it, and with the own one")
+    parser.add_argument("--solver", help="folder of a learned solver; adds rows of few steps, without and with it")
     parser.add_argument("--steps", type=int, help="of the base; the larger stages keep their share of it")
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[3.0], help="one, or one a size")
     parser.add_argument("--batch_size", type=int, default=20)

@@ -1,8 +1,7 @@
 """What a preview takes beside the network calls that it is made of, at published shapes with random weights.
 
-    python -m benchmarks.preview --output runs/preview_speed.json                    # CPU: a rehearsal, tiny networks
-    python -m benchmarks.preview --output runs/preview_speed.json --device cuda      # GPU: FLUX.1 dev, SD3.5 Large
-    python -m benchmarks.preview --output runs/preview_speed.json --device cuda --families hunyuan-video
+    python -m benchmarks.preview --output runs/preview_speed.json    # GPU: FLUX.1 dev, SD3.5 Large; CPU: tiny networks
+    python -m benchmarks.preview --output runs/preview_speed.json --families hunyuan-video
 
 Three rows a family: the full run, its preview at half the size by the paper's setting, and its refinement, the rest of
 the full run. `bare_s` is the sum of their evaluations and decodings, each measured alone, and `beside_percent` what

@@ -1,8 +1,7 @@
 """What RALU really saves: seconds, peak memory and the share outside of the network, beside the planned FLOPs.
 
-    python -m benchmarks.ralu --output runs/ralu_flux.json --device cuda
-    python -m benchmarks.ralu --output runs/ralu_sd35.json --device cuda --model sd35-large
-    python -m benchmarks.ralu --output runs/ralu_tiny.json         # a rehearsal of seconds on a CPU
+    python -m benchmarks.ralu --output runs/ralu_flux.json           # on a CPU a rehearsal of seconds, tiny networks
+    python -m benchmarks.ralu --output runs/ralu_sd35.json --model sd35-large
 
 FLUX.1-dev's and SD3.5-Large's shapes with random weights (`benchmarks.shapes`), 1024 x 1024, decoding included.
 Medians of whole runs after a warm-up. Bars: the measured speed-up is at least 95 % of the ratio of FLOPs with

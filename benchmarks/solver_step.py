@@ -1,13 +1,13 @@
 """What the solver, the rollouts and the dataset builder cost beside the network evaluations that they are made of.
 
-    python -m benchmarks.solver_step --output runs/solver_step.json                            # CPU: tiny networks
-    python -m benchmarks.solver_step --output runs/solver_step.json --device cuda              # GPU: published shapes
-    python -m benchmarks.solver_step --output runs/solver_step.json --device cuda --families sd15 flux-dev
+    python -m benchmarks.solver_step --output runs/solver_step.json    # GPU: published shapes; CPU: tiny networks
+    python -m benchmarks.solver_step --output runs/solver_step.json --families sd15 flux-dev
 
 Pipelines of the published shapes, or tiny ones, with random weights (`benchmarks.shapes`). One row a family:
 
 * `evaluation_ms`: the denoiser on a batch, guidance included where it doubles the rows;
-* `step_ms`, `step_percent`: the learned solver of order 4, one table for all rows; of an evaluation (bar: below 1 %);
+* `step_ms`, `step_percent`: the learned solver of order 4, one table for all rows, its making included; of an
+  evaluation (bar: below 1 %);
 * `rollouts_per_s`: groups of one prompt and seed under tables of their own, decoded, as the trainer renders them;
 * `images_per_s`, `builder_percent`: the dataset builder, decoding and shards included, and what the bare evaluations
   would take of its time (bar: 95 % at the teacher's number of steps). Prompts are encoded already, and there are no
@@ -34,18 +34,16 @@ IMAGES = ("sd15", "sdxl", "sd35-large", "flux-dev")
 
 
 def step_s(scheduler: ConsistencySolverScheduler, sample: torch.Tensor, steps: int, repeats: int, **grid) -> float:
-    """Seconds of a step of the solver: those of whole runs, divided by their steps."""
+    """Seconds of a step of the solver: those of whole runs, asking the policy included, divided by their steps."""
     output = torch.randn_like(sample)
 
     def run():
+        scheduler.set_timesteps(steps, device=sample.device, **grid)
+        scheduler.set_begin_index(0)
         for t in scheduler.timesteps:
             scheduler.step(output, t, sample, return_dict=False)
 
-    def prepare():
-        scheduler.set_timesteps(steps, device=sample.device, **grid)
-        scheduler.set_begin_index(0)
-
-    return median_s(run, repeats, sample.device, prepare) / steps
+    return median_s(run, repeats, sample.device) / steps
 
 
 @torch.no_grad()

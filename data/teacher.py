@@ -182,7 +182,10 @@ def open_pipeline(
     except OSError as error:
         if Path(model).is_dir():
             raise OSError(f"model {model!r} is incomplete: {error}") from error
-        raise OSError(f"model {model!r} is no pipeline folder here, and none on the hub or in its cache.") from error
+        elsewhere = (
+            "none in the hub's cache, and the hub was not asked" if only_here else "none on the hub or in its cache"
+        )
+        raise OSError(f"model {model!r} is no pipeline folder here, and {elsewhere}.") from error
     except ValueError as error:
         if pipeline is None:
             raise ValueError(f"model {model!r} does not open: {error}") from error

@@ -58,8 +58,9 @@ def group_advantages(rewards_B: Tensor, group_size: int, scale_rewards: str = "g
     Args:
         rewards_B: of whole groups, one after the other.
         group_size: of each.
-        scale_rewards: where the std is taken, as in TRL's GRPO. "group": of each, so that all prompts count alike.
-            "batch": one for all groups, so that a prompt counts as much as solvers differ on it.
+        scale_rewards: where the std is taken. "group": of each, so that all prompts count alike. "batch": the root
+            mean square of all groups' stds, so that a prompt counts as much as solvers differ on it. (TRL's GRPO takes
+            the std of the rewards themselves; prompts differ more than solvers, whose share it would make small.)
 
     Returns:
         advantages (B,), and the fraction of groups that are constant.

@@ -115,7 +115,7 @@ def stable_diffusion_xl(batch_size: int):
     return pipe, {**call, **pooled, "guidance_scale": 3.0}
 
 
-def stable_diffusion_3(batch_size: int):
+def stable_diffusion_3(batch_size: int, **more):
     pipe = StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=SIZE // 2,
@@ -128,6 +128,7 @@ def stable_diffusion_3(batch_size: int):
             joint_attention_dim=16,
             caption_projection_dim=16,
             pooled_projection_dim=16,
+            **more,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=image_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035),
@@ -136,6 +137,11 @@ def stable_diffusion_3(batch_size: int):
     call = {"prompt_embeds": randn(batch_size, WORDS, 16), "negative_prompt_embeds": randn(batch_size, WORDS, 16)}
     pooled = {"pooled_prompt_embeds": randn(batch_size, 16), "negative_pooled_prompt_embeds": randn(batch_size, 16)}
     return pipe, {**call, **pooled, "guidance_scale": 3.0}
+
+
+def stable_diffusion_35(batch_size: int):
+    """3.5 normalizes queries and keys; in its medium size images attend to themselves once more."""
+    return stable_diffusion_3(batch_size, qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
 def flux(batch_size: int, pipeline_class=FluxPipeline):
@@ -249,6 +255,7 @@ FAMILIES = {
     "sd": stable_diffusion,
     "sdxl": stable_diffusion_xl,
     "sd3": stable_diffusion_3,
+    "sd35": stable_diffusion_35,
     "flux": flux,
     "flux-kontext": flux_kontext,
     "qwen-image": qwen_image,

@@ -1,8 +1,9 @@
 """What RALU's pictures are worth, against fewer steps, Bottleneck Sampling and naive upsampling at equal FLOPs.
 
-    python -m benchmarks.quality.ralu                                       # 10 minutes on 2 CPU cores
-    python -m benchmarks.quality.ralu --num_prompts 500                     # the table of record, an hour
-    python -m benchmarks.quality.ralu --num_prompts 200 --ablations         # what each choice does, an hour
+    python -m benchmarks.quality.ralu                                       # 15 minutes on 2 CPU cores
+    python -m benchmarks.quality.ralu --num_prompts 500                     # the table of record, 1.5 hours
+    python -m benchmarks.quality.ralu --num_prompts 200 --ablations         # what each choice does, 1.5 hours
+    python -m benchmarks.quality.ralu --dtype bfloat16                      # half of that where the CPU knows the type
 
 128 px on zoo/mini-flux and held-out captions, the low stage at 64 px; the presets are solved anew for the shift that
 its scheduler really uses. Caption check, Fréchet distances in DINO's features (to the full run's pictures and to
@@ -101,6 +102,8 @@ def rows_of(paint: Painter, full_steps: int, schedules: dict[str, Schedule], abl
     for preset, schedule in schedules.items():
         mine = f"{RALU} {preset}"
         rows.append(paint.row(mine, RALU, ralu, preset=schedule, choices=Choices()))
+        if preset in STAGED:
+            rows += _stages(paint, preset, schedule)
         if preset not in RIVALLED:
             continue
         cost = paint.schedule_steps(schedule)
@@ -110,13 +113,12 @@ def rows_of(paint: Painter, full_steps: int, schedules: dict[str, Schedule], abl
             paint.row(f"{BOTTLENECK} {bottleneck}", BOTTLENECK, rivals.bottleneck, mine, steps=bottleneck),
             paint.row(f"{NAIVE} {naive}", NAIVE, rivals.naive, mine, False, steps=naive, end=NAIVE_END),
         ]
-        if preset in STAGED:
-            rows += _stages(paint, preset, schedule)
     return rows + (_ablations(paint, schedules[ABLATED]) if ablations else [])
 
 
 def _stages(paint: Painter, preset: str, schedule: Schedule) -> list[Row]:
-    """Where the loss comes from: each row is compared with the next, which has one thing more; the last is RALU."""
+    """What the loss is made of, each row compared with the next: other grids and restarts; a small first stage; mixed
+    sizes in the second, which is RALU."""
     steps = sum(schedule.steps)
     first, second, third = f"{PLAIN}, {steps} steps", f"{preset}, all in full", f"{preset}, only the first small"
     return [

@@ -76,7 +76,7 @@ def named_by_the_file(part: str, name: str, given: str | None) -> Iterator[None]
     try:
         yield
     except OSError as error:
-        if given is not None:
+        if given is not None or Path(name).is_dir():
             raise
         raise OSError(f"{error} To fetch what the file names, say so: --{part} {name}") from error
 

@@ -214,6 +214,18 @@ def test_advantages_of_a_batch_keep_what_groups_differ_by():
     assert constant == pytest.approx(1 / 3)
 
 
+def test_the_trainer_scales_rewards_as_it_is_told(tmp_path, datasets):
+    """The same rollouts: in units of each group their std is 1, in units of the batch its root mean square."""
+    stds = {}
+    for scale in ("group", "batch"):
+        trainer = make_trainer(tmp_path, datasets, scale_rewards=scale)
+        groups = trainer._roll_out(0).advantages_B.view(-1, trainer.args.group_size)
+        stds[scale] = groups.std(dim=1)
+    assert len(stds["batch"]) > 1 and stds["batch"].std() > 0.01
+    assert stds["group"].tolist() == pytest.approx([1] * len(stds["group"]))
+    assert stds["batch"].square().mean().item() == pytest.approx(1)
+
+
 # -- exploration ------------------------------------------------------------------------------------------------------
 
 

@@ -123,11 +123,11 @@ def unmixed(
 ) -> RivalResult:
     """RALU's stages and restarts without mixed sizes: the second stage is in full, the first one small or in full too.
 
-    Not a rival at equal cost: its distance to RALU is what mixing loses, that between both `small` what the small
-    stage loses, and the rest is the restarts'.
+    No rival at equal cost, but it tells apart what RALU loses: compared with RALU, what mixed sizes lose; small=False
+    with small=True, what the small stage loses; `plain` with small=False, what grids and restarts lose.
 
     Args:
-        schedule: its ratio does nothing.
+        schedule: a `Schedule`, whose ratio does nothing.
         small: whether the first stage is of half the size.
         others: as of `ralu`.
 

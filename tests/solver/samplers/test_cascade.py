@@ -19,7 +19,7 @@ from solver.samplers.latents import latent_shape, pack, unpack
 
 STEPS = 3
 SIZE = 32
-FLOW_FAMILIES = [name for name in FAMILIES if not name.startswith("sd") or name == "sd3"]
+FLOW_FAMILIES = [name for name in FAMILIES if name not in ("sd", "sdxl")]
 
 
 def prepared(family, batch_size=1):

@@ -31,7 +31,7 @@ from solver.samplers.hiflow.noise import clean_image, model_output_of, noised, s
 from solver.samplers.hiflow.pixels import encode, tiled_where_needed
 from solver.samplers.latents import decode, denoiser, latent_shape, pack, unpack
 
-IMAGE_FAMILIES = ("flux", "flux-kontext", "sd3", "sd", "sdxl", "qwen-image")
+IMAGE_FAMILIES = ("flux", "flux-kontext", "sd3", "sd35", "sd", "sdxl", "qwen-image")
 ZOO = Path(__file__).parents[3] / "zoo"
 
 

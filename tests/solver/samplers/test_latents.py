@@ -27,6 +27,7 @@ FACTS = {
     "sd": (4, None, 2, 1, {"sigmas", "timesteps"}),
     "sdxl": (4, None, 2, 1, {"sigmas", "timesteps"}),
     "sd3": (4, None, 2, 2, {"sigmas"}),
+    "sd35": (4, None, 2, 2, {"sigmas"}),
     "flux": (4, None, 2, 2, {"sigmas"}),
     "flux-kontext": (4, None, 2, 2, {"sigmas"}),
     "qwen-image": (4, None, 2, 2, {"sigmas"}),
@@ -109,6 +110,26 @@ def test_tokens_lie_where_their_position_ids_say():
     assert torch.equal(tokens[:, 0].min(dim=-1).values, 2 * ids[:, 1])
     assert torch.equal(tokens[:, 1].min(dim=-1).values, 2 * ids[:, 2])
     assert len(ids) == height * width // 4
+
+
+@pytest.mark.parametrize("family", ["flux", "flux-kontext", "qwen-image"])
+def test_the_network_is_told_where_tokens_lie(family):
+    """Row by row, as `pack` has them; the picture to edit comes after, under a number of its own."""
+    pipe, call = tiny_pipeline(family)
+    told = []
+    denoiser(pipe).register_forward_pre_hook(lambda _, __, given: told.append(given), with_kwargs=True)
+    call = {**call, "height": HEIGHT, "width": WIDTH}
+    call |= {"max_area": HEIGHT * WIDTH} if "max_area" in call else {}
+    run(pipe, call, num_inference_steps=1)
+    _, height, width = latent_shape(pipe, HEIGHT, WIDTH)
+    rows, columns = height // 2, width // 2
+    if family == "qwen-image":
+        assert told[0]["img_shapes"][0] == [(1, rows, columns)]
+        return
+    expected = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).float()
+    ids = told[0]["img_ids"]
+    assert torch.equal(ids[: rows * columns].float(), expected)
+    assert (ids[rows * columns :, 0] == 1).all() and (len(ids) > rows * columns) == (family == "flux-kontext")
 
 
 def test_half_precision_runs_where_the_pipeline_runs():

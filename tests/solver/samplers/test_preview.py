@@ -29,7 +29,7 @@ from solver.samplers.preview.selection import block_mean, phases, random_selecti
 SIZE = 32
 STEPS = 6
 OPTIONS = PreviewOptions(num_inference_steps=STEPS, switch=2, guided_steps=2)
-FAMILIES = ["flux", "flux-kontext", "sd3", "qwen-image", "wan", "hunyuan-video"]
+FAMILIES = ["flux", "flux-kontext", "sd3", "sd35", "qwen-image", "wan", "hunyuan-video"]
 IMAGE = {"height": SIZE, "width": SIZE}
 
 

@@ -10,7 +10,7 @@ from solver.samplers.ralu.mixed_resolution import MixedTokens, grid, mixed_resol
 from solver.samplers.ralu.noise import COPIES, enlarge, siblings
 from tests.tiny_pipelines import SIZE, tiny_pipeline
 
-FAMILIES = ("flux", "flux-kontext", "sd3", "qwen-image")
+FAMILIES = ("flux", "flux-kontext", "sd3", "sd35", "qwen-image")
 
 
 def standard(*shape, seed=0):

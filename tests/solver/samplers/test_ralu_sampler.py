@@ -22,7 +22,7 @@ from solver.samplers.ralu.schedule import Schedule, scheduler_shift, solve
 from tests.flops import flop_counter
 from tests.tiny_pipelines import SIZE, WORDS, tiny_pipeline
 
-FAMILIES = ("flux", "flux-kontext", "sd3", "qwen-image")
+FAMILIES = ("flux", "flux-kontext", "sd3", "sd35", "qwen-image")
 SHORT = Schedule((2, 2, 2), (0.3, 0.45, 1.0), 0.3, (5.0, 2.6, 2.2), 6.0)
 
 
@@ -151,7 +151,7 @@ def test_flops_of_a_run_are_the_plans(family):
     run(pipe, call)
     tokens = stage_tokens(SHORT, 64)
     reference = 64 if family == "flux-kontext" else 0  # the picture to edit runs along
-    branches = 2 if family in ("sd3", "qwen-image") else 1
+    branches = 2 if family in ("sd3", "sd35", "qwen-image") else 1
     calls = 2 if family == "qwen-image" else 1
     assert seen == [n + reference for n in tokens for _ in range(2 * calls)]
     assert tokens == (16, 28, 64)
