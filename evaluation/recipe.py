@@ -167,8 +167,7 @@ def options(recipe: Recipe) -> PreviewOptions:
     """The half-size preview of a recipe: the paper's setting, scaled to its steps."""
     switch = round(SWITCH * recipe.full_steps)
     small = None if recipe.method == "half" else recipe.steps
-    left = small or recipe.full_steps - switch
-    guided = min(round(GUIDED * recipe.full_steps), left - 1)
+    guided = GUIDED if round(GUIDED * recipe.full_steps) else 0  # too few to guide any
     return PreviewOptions(recipe.full_steps, switch=switch, guided_steps=guided, small_steps=small)
 
 

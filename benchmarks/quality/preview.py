@@ -34,7 +34,7 @@ SWITCH, GUIDED = 1 / 3, 1 / 6
 SWITCHES = (1 / 6, 1 / 3, 1 / 2)
 MEAN_SWITCHES = (0, 0.1, 1 / 6, 1 / 3)
 SWEPT_M, SWEPT_KAPPA = (1 / 30, 0.1, 1 / 6, 1 / 3), (0.5, 1.0, 2.0, 4.0)
-FEW, FEW_GUIDED = 8, 2  # small steps of a multistep solver; as many of them guided, in proportion, as of 20
+FEW = 8  # small steps of a multistep solver
 ONLY_MEASURED = 1e-30  # a strength that corrects nothing, for the norm of the commutator where there is no guidance
 
 
@@ -138,8 +138,11 @@ def rows_of(paint: Painter, gain: tuple, sweep: bool) -> list[Row]:
         paint.preview(OURS, curve=OURS, in_sheet=True),
     ]
     rows += [paint.preview(f"{OURS}, D = {_of(s, steps)}", curve=OURS, switch=s) for s in SWITCHES if s != SWITCH]
+    multistep = [solver for solver in solvers.values() if solver != "Euler"]
+    few = {solver: f"{OURS}, {FEW} small steps of {solver}" for solver in multistep}
+    rows += [paint.preview(few[solver], curve=few[solver], stepper=solver, small_steps=FEW) for solver in multistep]
     rows += _controls(paint)
-    rows += _means(paint, gain, [solver for solver in solvers.values() if solver != "Euler"])
+    rows += _means(paint, gain, multistep)
     if sweep:
         rows += [
             paint.preview(f"{OURS}, m = {_of(m, steps)}, κ = {kappa:g}", guided_steps=m, kappa=kappa)
@@ -173,7 +176,7 @@ def _means(paint: Painter, gain: tuple, multistep: list[str]) -> list[Row]:
     rows.append(_mean(paint, f"{MEAN}, {at}, gain", SWITCH, gain=gain))
     for solver in multistep:
         few = f"{MEAN}, {FEW} small steps of {solver}, {at}, guidance"
-        rows.append(_mean(paint, few, SWITCH, guided_steps=FEW_GUIDED, stepper=solver, small_steps=FEW))
+        rows.append(_mean(paint, few, SWITCH, guided_steps=GUIDED, stepper=solver, small_steps=FEW))
     return rows
 
 

@@ -22,7 +22,8 @@ FEWEST_STEPS = 5  # a distilled model of fewer has no velocity that stays nearly
 
 @dataclass(frozen=True)
 class PreviewOptions:
-    """The knobs of a preview. Steps D and m are numbers of steps, or fractions of the run.
+    """The knobs of a preview. Steps D and m are numbers of steps, or fractions of the run; of few small steps, m is a
+    fraction in proportion.
 
     Defaults are the paper's where it says them (D = 10 and m = 5 of 30 steps, and in proportion of other numbers;
     factor 2, argmin, one correction a step), and κ = 2, which is its α = 0.04 on FLUX's grid; on SD3.5 its α = 0.01 is
@@ -86,12 +87,11 @@ class PreviewOptions:
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a whole number.")
         self._check_distilled()
-        for name in ("switch", "guided_steps"):  # fractions become steps
-            value = getattr(self, name)
-            steps = round(value * self.num_inference_steps) if isinstance(value, float) and 0 < value < 1 else value
-            if not math.isfinite(steps) or steps != int(steps):
-                raise ValueError(f"{name}={value}: expected a whole number of steps, or a fraction below 1.")
-            object.__setattr__(self, name, int(steps))
+        self._count_steps("switch", self.num_inference_steps)
+        # Of few small steps as many in proportion: more would guide to where the full-size run is not going any more.
+        left = self.num_inference_steps - self.switch
+        whole = self.num_inference_steps if left <= 0 else self.num_inference_steps * (self.small_steps or left) / left
+        self._count_steps("guided_steps", whole)
         self._check_steps()
         if self.corrections < 1 or (self.corrections > 1 and not self.reevaluate):
             raise ValueError(f"corrections={self.corrections}: expected 1, or more with reevaluate=True.")
@@ -103,6 +103,14 @@ class PreviewOptions:
             raise ValueError("gain: only method='mean' has one.")
         if self.target == "extrapolated" and self.switch < 1:
             raise ValueError("target='extrapolated' needs the velocities of two steps, so a switch of 1 or more.")
+
+    def _count_steps(self, name: str, whole: float) -> None:
+        """Makes a fraction of the whole a number of steps."""
+        value = getattr(self, name)
+        steps = round(value * whole) if isinstance(value, float) and 0 < value < 1 else value
+        if not math.isfinite(steps) or steps != int(steps):
+            raise ValueError(f"{name}={value}: expected a whole number of steps, or a fraction below 1.")
+        object.__setattr__(self, name, int(steps))
 
     def _check_distilled(self) -> None:
         """Before fractions are rounded: a sixth of 3 steps asks for guidance, though it becomes none."""

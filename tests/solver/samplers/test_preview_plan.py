@@ -144,6 +144,8 @@ def test_small_grids():
     mean = PreviewOptions(method="mean").small_sigmas(full, native)
     torch.testing.assert_close(mean, full[10:] / (2 - full[10:]))
     few = PreviewOptions(small_steps=5, guided_steps=4).small_sigmas(full, native)
+    guided = {steps: PreviewOptions(small_steps=steps).guided_steps for steps in (1, 4, 5, 8, 20, 40)}
+    assert guided == {1: 0, 4: 1, 5: 1, 8: 2, 20: 5, 40: 10}  # a quarter, as 5 of 20
     torch.testing.assert_close(few, full[10::4])
     own = PreviewOptions(grid="native").small_sigmas(full, native)
     assert own[0] == full[10] and own[-1] == 0 and (own.diff() < 0).all() and len(own) == 21
