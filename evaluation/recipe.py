@@ -214,7 +214,8 @@ def work(pipe: DiffusionPipeline, recipe: Recipe) -> Work:
 def _small_share(pipe: DiffusionPipeline, height: int, width: int, scale: int) -> float:
     """FLOPs of an evaluation of a smaller picture, over those at full size; by area where they are not known."""
     try:
-        network = network_of(denoiser(pipe), vae_factor(pipe) * patch_size(pipe))
+        words = text_length(pipe).get("max_sequence_length")
+        network = network_of(denoiser(pipe), vae_factor(pipe) * patch_size(pipe), words)
     except ValueError:
         return 1 / scale**2
     full = evaluation_flops(network, image_tokens(network, height, width))

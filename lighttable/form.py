@@ -187,20 +187,31 @@ def _size(form: Form, table) -> tuple[int, int]:
 
 def _check_model(table, recipe: Recipe, method: str = "method") -> None:
     """What the pipeline cannot do, at the field that asks for it. Raises FormError."""
+    plain = replace(recipe, negative_prompt="")
+    full = replace(plain, method="full", solver=None)
     try:
-        check(table.pipe, replace(recipe, method="full", solver=None, negative_prompt=""))
+        check(table.pipe, full)
     except ValueError as error:
-        raise FormError("height", str(error)) from error
+        raise FormError(_wrong_side(table, full), str(error)) from error
     try:
         if recipe.method in SMALL:
             options(recipe)
-        check(table.pipe, replace(recipe, negative_prompt=""))
+        check(table.pipe, plain)
     except ValueError as error:
-        raise FormError("height" if "multiples" in str(error) else method, str(error)) from error
+        raise FormError(_wrong_side(table, plain) if "multiples" in str(error) else method, str(error)) from error
     try:
         check(table.pipe, recipe)
     except ValueError as error:
         raise FormError("negative_prompt", str(error)) from error
+
+
+def _wrong_side(table, recipe: Recipe) -> str:
+    """The side for which a size is refused: the height, unless it would do with the model's own width."""
+    try:
+        check(table.pipe, replace(recipe, width=table.default_size[1]))
+    except ValueError:
+        return "height"
+    return "width"
 
 
 NAMES = tuple(field.name for field in fields(Form))

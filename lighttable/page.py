@@ -165,7 +165,7 @@ class Events:
         for made in runs.sheet(self.table, visit, wanted, stop, told(progress, len(wanted))):
             yield {
                 sheet["gallery"]: shown(made, several),
-                sheet["picks"]: gr.update(choices=choices(made)),
+                sheet["picks"]: gr.update(choices=choices(made, several)),
                 sheet["picking"]: gr.update(visible=True),
                 sheet["status"]: wording.said(f"{len(made)} of {wording.count(len(wanted), 'picture')}."),
             }
@@ -176,13 +176,14 @@ class Events:
     def _refine(self, given: dict, visit: Visit, stop: threading.Event, progress: gr.Progress) -> Iterator[dict]:
         refine, numbers = self.parts.refine, self._picked(visit, given)
         estimate = self.table.estimate([kept.recipe for kept in visit.sheet])
+        several = len({kept.recipe.prompt for kept in visit.sheet}) > 1
         for pairs in runs.refinements(self.table, visit, numbers, stop, told(progress, len(numbers))):
             refined = [pair.full.evaluations for pair in pairs]
-            scores = wording.scores_table((wording.title(pair.preview.recipe), pair.scores) for pair in pairs)
+            scores = wording.scores_table((wording.title(pair.preview.recipe, several), pair.scores) for pair in pairs)
             yield {
                 refine["results"]: gr.update(visible=True),
                 refine["slider"]: pairs[-1].side_by_side(),
-                refine["gallery"]: [(str(pair.full.path), wording.title(pair.full.recipe)) for pair in pairs],
+                refine["gallery"]: [(str(pair.full.path), wording.title(pair.full.recipe, several)) for pair in pairs],
                 refine["scores"]: scores,
                 refine["status"]: wording.said(wording.saved(estimate, refined, pairs[-1].full.recipe.steps)),
             }
@@ -206,26 +207,40 @@ class Events:
 
     def stop(self, run: str, request: gr.Request) -> dict:
         """Ends what the visitor's page has running or waiting; the answer stands where that was asked for."""
-        visit = self.visits.of(request.session_hash)
+        try:
+            visit = self.visits.of(request.session_hash)
+        except ValueError as error:
+            return {self._part(run)["status"]: wording.wrong(str(error))}
         stopped = wording.said(STOPPED if visit.history else "Stopped.")
         news = {self._part(one)["status"]: stopped for one in visit.halt()}
         return news or {self._part(run)["status"]: wording.said("Nothing is running.")}
 
     # Looking
 
-    def look(self, request: gr.Request, event: gr.SelectData):
+    def look(self, request: gr.Request, event: gr.SelectData) -> dict:
         """A refined picture beside its preview."""
-        pairs = self.visits.of(request.session_hash).refined
-        return pairs[event.index].side_by_side() if event.index < len(pairs) else None
+        refine = self.parts.refine
+        try:
+            pair = _at(self.visits.of(request.session_hash).refined, event.index)
+        except ValueError as error:
+            return {refine["status"]: wording.wrong(str(error))}
+        return {refine["slider"]: pair.side_by_side()} if pair else {}
 
     def history(self, request: gr.Request) -> tuple:
-        made = self.visits.of(request.session_hash).look_back()
-        pictures = [(str(kept.path), wording.title(kept.recipe)) for kept in made]
+        try:
+            made = self.visits.of(request.session_hash).look_back()
+        except ValueError as error:
+            return [], [], wording.wrong(str(error))
+        pictures = [(str(kept.path), wording.title(kept.recipe, several=True)) for kept in made]
         return pictures, [str(kept.path) for kept in made], ""
 
     def facts(self, request: gr.Request, event: gr.SelectData) -> str:
-        made = self.visits.of(request.session_hash).seen  # what is shown: a run that goes on has made more
-        return wording.facts_table(made[event.index].facts) if event.index < len(made) else ""
+        try:
+            made = self.visits.of(request.session_hash).seen  # what is shown: a run that goes on has made more
+        except ValueError as error:
+            return wording.wrong(str(error))
+        kept = _at(made, event.index)
+        return wording.facts_table(kept.facts) if kept else ""
 
     # Shared
 
@@ -236,7 +251,12 @@ class Events:
 
         Nothing, where the run was stopped or asked for again before its turn came.
         """
-        status, visit = self._part(run)["status"], self.visits.of(request.session_hash)
+        status = self._part(run)["status"]
+        try:
+            visit = self.visits.of(request.session_hash)
+        except ValueError as error:
+            yield {status: wording.wrong(str(error))}
+            return
         stop = visit.begin(run, given[self._part(run)["ticket"]])
         if stop is None:
             return
@@ -311,7 +331,7 @@ def _wire(page: gr.Blocks, parts: Parts, events: Events) -> None:
 
         getattr(parts, name)["stop"].click(stop, None, news, cancels=running, **AT_ONCE).then(*past, **AT_ONCE)
     sheet["picks"].change(events.refine_cost, sheet["picks"], refine["cost"], **AT_ONCE)
-    refine["gallery"].select(events.look, None, refine["slider"], **AT_ONCE)
+    refine["gallery"].select(events.look, None, [refine["slider"], refine["status"]], **AT_ONCE)
     history["gallery"].select(events.facts, None, history["facts"], **AT_ONCE)
 
 
@@ -340,9 +360,14 @@ def shown(made: list[Kept], several: bool = False) -> list[tuple[str, str]]:
     return [(str(kept.path), wording.caption(n, kept.recipe, several)) for n, kept in enumerate(made, start=1)]
 
 
-def choices(made: list[Kept]) -> list[tuple[str, str]]:
+def choices(made: list[Kept], several: bool = False) -> list[tuple[str, str]]:
     """The pictures that can be picked: what the visitor reads, and their names."""
-    return [(f"{n} · seed {kept.recipe.seed}", kept.name) for n, kept in enumerate(made, start=1)]
+    return [(wording.caption(n, kept.recipe, several), kept.name) for n, kept in enumerate(made, start=1)]
+
+
+def _at(made: list, index: object):
+    """The one that a visitor selected, if it is there."""
+    return made[index] if isinstance(index, int) and 0 <= index < len(made) else None
 
 
 def names(made: list[Kept]) -> list[str]:

@@ -21,6 +21,7 @@ from lighttable.table import Picture, Stopped
 from solver.samplers.preview import Checkpoint
 
 MOST_KEPT = 512  # pictures of a visit; the oldest are deleted
+MOST_VISITS = 256
 CLOSED_SECONDS, SILENT_SECONDS = 3600, 24 * 3600  # after which a visit ends: of a closed page, of one that is open
 
 
@@ -157,16 +158,24 @@ class Visits:
         self._sweeping = threading.Lock()
 
     def arrive(self, session: str) -> Visit:
-        """A new visit. Those that were over by now end."""
+        """A new visit. Those that were over by now end, as does an earlier one of this session, and the one that was
+        silent longest where there are too many. Raises ValueError for a session without a name."""
+        if not session:
+            raise ValueError("A page without a session has no visit.")
         now = time.monotonic()
         with self._sweeping:
             for one, heard in list(self._heard.items()):
-                if now - heard > (CLOSED_SECONDS if one in self._closed else SILENT_SECONDS):
-                    self._closed.discard(one)
-                    del self._heard[one]
-                    self._visits.pop(one).end()
-        self._visits[session] = Visit(self.folder)
-        return self.of(session)
+                if one == session or now - heard > (CLOSED_SECONDS if one in self._closed else SILENT_SECONDS):
+                    self._forget(one)
+            if len(self._heard) >= MOST_VISITS:
+                self._forget(min(self._heard, key=self._heard.get))
+            self._visits[session] = Visit(self.folder)
+            return self.of(session)
+
+    def _forget(self, session: str) -> None:
+        self._closed.discard(session)
+        del self._heard[session]
+        self._visits.pop(session).end()
 
     def of(self, session: str) -> Visit:
         """The visit of a page, which is open if it asks. Raises ValueError for one that is not known, or no longer."""

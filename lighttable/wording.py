@@ -1,11 +1,13 @@
 """The sentences and tables of the page, as HTML in which whatever a visitor typed is text."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from evaluation.recipe import METHODS, Recipe
 from lighttable.table import Estimate
 
+MOST_OF_A_PROMPT = 60  # letters in a title
 UNITS = {"pixels": "dB", "depth": "dB", "segmentation": "%", "ssim": "%"}  # of the scores; the others go to 100
 
 
@@ -25,7 +27,7 @@ def costs(estimate: Estimate) -> str:
     renders = "1 full render" if estimate.pictures == 1 else f"{estimate.pictures} full renders"
     return (
         f"{count(estimate.pictures, 'picture')}, {count(estimate.evaluations, 'network evaluation')} (guidance counts "
-        f"once){time}: {estimate.share:.0%} of {renders}."
+        f"once){time}: {estimate.share:.0%} of the work of {renders}."
     )
 
 
@@ -39,10 +41,8 @@ def saved(sheet: Estimate, refined: Sequence[int], full_steps: int) -> str:
     """
     whole = sheet.pictures * full_steps
     share = sheet.share + sum(refined) / whole
-    return (
-        f"The sheet and {count(len(refined), 'refinement')} took {share:.0%} of {sheet.pictures} full renders"
-        f"{f': {1 - share:.0%} saved' if share < 1 else ''}."
-    )
+    done = f"The sheet and {count(len(refined), 'refinement')} took {share:.0%} of the work of"
+    return f"{done} {sheet.pictures} full renders{f': {1 - share:.0%} saved' if share < 1 else ''}."
 
 
 def scores_table(rows: Iterable[tuple[str, dict[str, float]]]) -> str:
@@ -71,15 +71,19 @@ def facts_table(facts: dict[str, str]) -> str:
     return f'<table class="facts"><caption>How it was made</caption><tbody>{rows}</tbody></table>'
 
 
-def title(recipe: Recipe) -> str:
-    """A picture in a few words."""
+def title(recipe: Recipe, several: bool = False) -> str:
+    """A picture in a few words; its prompt where there are several."""
     steps = "" if recipe.method == "half" else f", {count(recipe.steps, 'step')}"
-    return f"Seed {recipe.seed}: {METHODS[recipe.method]}{steps}"
+    return f"Seed {recipe.seed}: {METHODS[recipe.method]}{steps}" + _prompt(recipe, several)
 
 
 def caption(number: int, recipe: Recipe, several: bool) -> str:
     """What stands under a picture of a sheet; its prompt where there are several."""
-    return f"{number} · seed {recipe.seed}" + (f" · {recipe.prompt}" if several else "")
+    return f"{number} · seed {recipe.seed}" + _prompt(recipe, several)
+
+
+def _prompt(recipe: Recipe, several: bool) -> str:
+    return f" · {textwrap.shorten(recipe.prompt, MOST_OF_A_PROMPT, placeholder=' …')}" if several else ""
 
 
 def count(number: int, noun: str) -> str:

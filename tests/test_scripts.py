@@ -12,6 +12,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+import app
 from sample import main
 from solver import ConsistencySolverScheduler
 
@@ -77,8 +78,27 @@ def test_help_of_the_fits(module):
 
 
 def test_root_scripts_are_short():
-    for name in ("train.py", "evaluate.py", "sample.py"):
+    for name in ("train.py", "evaluate.py", "sample.py", "app.py"):
         assert len((ROOT / name).read_text().splitlines()) < 80
+
+
+def test_the_app_passes_on_what_it_is_told(monkeypatch, tmp_path):
+    served, opened = [], []
+
+    class Table:
+        def warm_up(self):
+            opened.append("warm")
+
+    def open_table(*given):
+        opened.extend(given)
+        return Table()
+
+    monkeypatch.setattr("lighttable.table.LightTable.open", open_table)
+    monkeypatch.setattr("lighttable.page.serve", lambda *given, **launch: served.append((*given[1:], launch)))
+    words = f"--model m --solver s --reward depth=zoo/depth clip --output {tmp_path} --device cpu --dtype bfloat16"
+    app.main([*words.split(), "--host", "0.0.0.0", "--port", "7999", "--waiting", "3"])
+    assert opened == ["m", "bfloat16", "cpu", "s", {"depth": "zoo/depth", "clip": None}, "warm"]
+    assert served == [(tmp_path, 3, {"server_name": "0.0.0.0", "server_port": 7999})]
 
 
 NO_STEPS = '{"guidance_scale":3,"steps":[0],"num_prompts":4}'

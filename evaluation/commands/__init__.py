@@ -9,6 +9,7 @@ also why they are here and not in `solver`, which cannot be imported without tor
 
 import itertools
 import os
+import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ def named_by_the_file(part: str, name: str, given: str | None) -> Iterator[None]
     except OSError as error:
         if given is not None or Path(name).is_dir():
             raise
-        raise OSError(f"{error} To fetch what the file names, say so: --{part} {name}") from error
+        raise OSError(f"{error} To fetch what the file names, say so: --{part} {shlex.quote(name)}") from error
 
 
 def next_output(name: str, suffix: str = ".png") -> Path:

@@ -1,9 +1,12 @@
 """The light table on `zoo/mini-sd` in a headless Chromium, at the size of a desk and of a phone."""
 
+import threading
+
 import pytest
 from PIL import Image
 from steps import PROMPT, SECONDS, api, ask, make_sheet, prompt_of, says, shoot, shown, tab_to
 
+from lighttable.form import Form, recipes
 from sample import main
 
 pytestmark = pytest.mark.browser
@@ -129,18 +132,34 @@ def test_a_comparison(visit):
     shoot(page, "compare")
 
 
-def test_eight_visitors_at_once(visit):
+def test_eight_visitors_at_once(visit, table):
     pages = [visit() for _ in range(8)]
     for n, page in enumerate(pages):
         ask(page, prompt=f"{n} red rings", candidates=2)
         page.get_by_role("button", name="Make the proof sheet").click()
     api.expect(pages[-1].get_by_text("queue: ").first).to_be_visible(timeout=60 * SECONDS)  # its place in the queue
     shoot(pages[-1], "queued")
-    seen = set()
-    for page in pages:
+    for n, page in enumerate(pages):
         says(page, "2 of 2 pictures.")
-        seen |= {image.tobytes() for image in shown(page)}
-    assert len(seen) == 16
+        form = Form(f"{n} red rings", candidates=2, seed=7, method=table.methods[0])
+        made = table.make(recipes(form, table), threading.Event())
+        assert [image.tobytes() for image in shown(page)] == [one.image.tobytes() for one in made]
+
+
+def test_a_closed_tab_frees_the_device(visit, table):
+    """Whether its run goes on or waits."""
+    running, waiting, evaluations = visit(), visit(), []
+    hook = table.pipe.unet.register_forward_pre_hook(lambda *given: evaluations.append(1))
+    for page in (running, waiting):
+        ask(page, candidates=64)
+        page.get_by_label("Steps", exact=True).fill("100")
+        page.get_by_role("button", name="Make the proof sheet").click()
+        says(page, "Picture 2 of 64" if page is running else "queue: ")
+    for page in (waiting, running):
+        page.close(run_before_unload=False)
+    make_sheet(visit(), candidates=2)
+    hook.remove()
+    assert len(evaluations) < 64 * 100 / 4
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -54,6 +54,8 @@ def test_random_seeds_differ_and_fit(sd_table):
         ({"guidance_scale": math.nan}, "guidance_scale", "expected a number from 0 to 30"),
         ({"guidance_scale": -1}, "guidance_scale", "expected a number from 0 to 30"),
         ({"height": 17}, "height", "needs multiples of 2"),
+        ({"width": 17}, "width", "needs multiples of 2"),
+        ({"height": 17, "width": 17}, "height", "needs multiples of 2"),
         ({"height": -16}, "height", "Height -16: expected"),
         ({"width": 0}, "width", "Width 0: expected"),
         ({"height": 64, "width": 64}, "height", "at most 4 times 16 x 16"),
@@ -76,6 +78,7 @@ def test_bad_input_is_a_sentence_about_its_field(changes, field, message, sd_tab
     "changes, field, message",
     [
         ({"height": 24}, "height", "need multiples of 16"),
+        ({"width": 24}, "width", "need multiples of 16"),
         ({"full_steps": 4}, "method", "distilled model"),
     ],
 )

@@ -114,10 +114,33 @@ def test_from_the_first_visit_to_the_refined_picture(page, sd_table):
         assert image.text["proofsheet:prompt"] == PROMPT and image.text["proofsheet:seed"] == "8"
 
     said = visitor.call("refine", Picked=[sheet[1].name])
-    assert "took 117% of 2 full renders." in said  # 2 of 4 steps and 1 of 6, for 2 of 6
+    assert "took 117% of the work of 2 full renders." in said  # 2 of 4 steps and 1 of 6, for 2 of 6
     (refined,) = visit_of(page, visitor).refined
     assert refined.preview == sheet[1] and refined.full.recipe == sheet[1].recipe.full
     assert "Seed 8: Learned solver, 4 steps" in visitor.call("history")
+
+
+def test_pictures_of_several_prompts_are_told_apart(page):
+    """By the beginning of their prompt: under the picture, where it is picked, and refined."""
+    visitor, long = Visitor(page, "several"), "a blue cube " * 20
+    form = {"Prompt": f"a red ring\n{long}", "Candidates": 1, "Steps": 2, "Steps of a full render": 2}
+    said = visitor.call("make_sheet", **form)
+    for title in ("1 · seed 7 · a red ring", "2 · seed 7 · a blue cube"):
+        assert said.count(json.dumps(title)[1:-1]) >= 2
+    said = visitor.call("refine", Picked=[kept.name for kept in visit_of(page, visitor).sheet])
+    for title in ("Full render, 2 steps · a red ring", "Full render, 2 steps · a blue cube"):
+        assert json.dumps(title)[1:-1] in said
+    assert "Learned solver, 2 steps · a red ring" in visitor.call("history")
+    assert long.strip() not in said
+
+
+def test_a_page_that_the_server_has_forgotten_is_told_to_reload(page):
+    visitor = Visitor(page, "forgotten")
+    visitor.call("make_sheet", Prompt=PROMPT, Candidates=1, Steps=2)
+    events(page).visits._forget("forgotten")
+    for function in ("stop", "history", "make_sheet"):
+        assert "please reload it" in visitor.call(function, Prompt=PROMPT, Candidates=1, Steps=2)
+    assert "please reload it" in visitor.run("make_sheet", Prompt=PROMPT, Ticket="1")
 
 
 def test_a_pick_is_of_the_sheet_that_it_was_made_on(page):

@@ -148,6 +148,7 @@ FACTS = {"model": "zoo/none", "prompt": "x", "seed": "7", "solver": "DDIMSchedul
         ({"model": "../../etc/passwd"}, "etc/passwd"),
         ({"model": "somebody/something"}, "To fetch what the file names, say so: --model somebody/something"),
         ({"model": "MODEL", "method": "solver", "solver": "somebody/solver"}, "say so: --solver somebody/solver"),
+        ({"model": "MODEL", "method": "solver", "solver": "a/b; rm x"}, "say so: --solver 'a/b; rm x'"),  # for a shell
         (
             {"model": "MODEL", "height": "512", "width": "512"},
             "has 16 x 16 pixels, and remembers a picture of 512 x 512",

@@ -6,13 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.recipe import METHODS, Recipe, options
+from evaluation.recipe import METHODS, Recipe
 from lighttable import runs
 from lighttable.form import Form
 from lighttable.form import recipes as recipes_of
 from lighttable.table import LightTable, Stopped
 from lighttable.visit import Visit
 from lighttable.wording import costs, facts_table, saved, scores_table
+from tests.flops import flop_counter
 
 
 def recipes(table, method="few", seeds=(7, 8, 9), **changes):
@@ -21,21 +22,33 @@ def recipes(table, method="few", seeds=(7, 8, 9), **changes):
     return [Recipe("a red ring", seed, method, **knobs) for seed in seeds]
 
 
+def counted_flops(table, asked, monkeypatch):
+    """Of each evaluation of the network that the recipes take."""
+    flops, forward = [], table.pipe.transformer.forward
+
+    def counted(*args, **kwargs):
+        with flop_counter() as counter:
+            output = forward(*args, **kwargs)
+        flops.append(counter.get_total_flops())
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table.pipe.transformer, "forward", counted)
+        list(table.make(asked, threading.Event()))
+    return flops
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_the_estimate_is_what_a_run_takes(method, flux_table, never):
-    asked = recipes(flux_table, method, seeds=(7,), height=32, width=32, guidance_scale=1.0)
-    looks = []
-    hook = flux_table.pipe.transformer.register_forward_pre_hook(lambda *given: looks.append(1))
-    list(flux_table.make(asked, never))
-    hook.remove()
+def test_the_estimate_is_what_a_run_takes(method, flux_table, monkeypatch):
+    """To the FLOP, with as many text tokens as the run has."""
+    one = {"seeds": (7,), "height": 32, "width": 32, "guidance_scale": 1.0}
+    asked = recipes(flux_table, method, **one)
+    flops = counted_flops(flux_table, asked, monkeypatch)
     estimate = flux_table.estimate(asked)
-    assert estimate.evaluations == len(looks)
-    if method in ("half", "both"):
-        chosen = options(asked[0])
-        full, small = chosen.full_steps, chosen.small_evaluations
-        assert full / 6 + small / 6 / 4 < estimate.share < 1.2 * (full + small) / 6  # text tokens do not shrink
-    else:
-        assert estimate.share == pytest.approx(len(looks) / (3 if method == "full" else 6))
+    assert estimate.evaluations == len(flops)
+    full = max(counted_flops(flux_table, recipes(flux_table, "full", **one), monkeypatch))
+    assert estimate.share == pytest.approx(sum(flops) / full / (3 if method == "full" else 6), rel=1e-6)
+    assert (min(flops) < 0.9 * full) == (method in ("half", "both"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -182,6 +195,6 @@ def test_sentences(sd_table, flux_table):
     estimate = sd_table.estimate(recipes(sd_table))._replace(seconds=100)
     assert (
         costs(estimate)
-        == "3 pictures, 9 network evaluations (guidance counts once), about 2 min: 50% of 3 full renders."
+        == "3 pictures, 9 network evaluations (guidance counts once), about 2 min: 50% of the work of 3 full renders."
     )
-    assert saved(estimate, [6], 6) == "The sheet and 1 refinement took 83% of 3 full renders: 17% saved."
+    assert saved(estimate, [6], 6) == "The sheet and 1 refinement took 83% of the work of 3 full renders: 17% saved."

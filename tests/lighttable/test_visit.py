@@ -60,6 +60,30 @@ def test_leaving_ends_what_goes_on_and_what_waits(tmp_path):
     visits.leave("nobody")
 
 
+def test_who_arrives_again_ends_the_earlier_visit(tmp_path):
+    visits = Visits(tmp_path)
+    first = visits.arrive("one")
+    first.folder.mkdir()
+    stop = first.begin("sheet", first.ask("sheet"))
+    assert visits.arrive("one") is not first
+    assert stop.is_set() and not first.folder.exists()
+
+
+def test_visits_are_so_many_and_have_names(clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(visit, "MOST_VISITS", 2)
+    visits = Visits(tmp_path)
+    for name in ("first", "second"):
+        visits.arrive(name)
+        clock[0] += 1
+    visits.of("first")
+    visits.arrive("third")
+    visits.of("first")
+    with pytest.raises(ValueError, match="please reload it"):
+        visits.of("second")
+    with pytest.raises(ValueError, match="without a session"):
+        visits.arrive(None)
+
+
 def test_asking_again_ends_a_run_of_the_same_name_alone(tmp_path):
     one = Visits(tmp_path).arrive("one")
     stop = one.begin("sheet", one.ask("sheet"))
