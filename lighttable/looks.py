@@ -2,8 +2,6 @@
 
 import gradio as gr
 
-from lighttable.form import MOST_PICTURES
-
 CSS = """
 .wrong {color: #b91c1c; font-weight: 600; margin: 0.25rem 0}
 .dark .wrong {color: #fca5a5}
@@ -19,32 +17,45 @@ CSS = """
 .status {min-height: 2.5rem}
 .shelf .grid-container {padding-top: 1.75rem; --least: max(5rem, 100% / (var(--grid-cols) + 1))}
 .shelf .grid-container {grid-template-columns: repeat(auto-fill, minmax(var(--least), 1fr))}  /* none is cut off */
-.shelf .grid-wrap {min-height: 0; max-height: none}
+.shelf .grid-container {grid-auto-rows: auto; gap: 0.75rem}
+.shelf .grid-wrap {min-height: 0; max-height: none; padding: 0.75rem}
 .status .pending, .status.pending {opacity: 1}
 .shelf:has(.preview) .grid-wrap {min-height: 24rem}
-.shelf .caption-label {white-space: normal; text-align: left; max-height: 50%; overflow: hidden}
-#sheet .thumbnail-item {border: 0; box-shadow: none}
+.shelf .thumbnail-lg {display: flex; flex-direction: column; aspect-ratio: auto; border-radius: var(--radius-lg)}
+.shelf .thumbnail-lg > img {flex: none; aspect-ratio: 1; height: auto; border-radius: 0}
+.shelf .caption-label {position: static; max-width: none; width: 100%; padding: 0.25rem 0.5rem; white-space: normal}
+.shelf .caption-label {border: 0; background: none}
+.shelf .thumbnail-lg:hover .caption-label {opacity: 1}
+.shelf .preview::before {opacity: 1}
+#sheet .thumbnail-item {border-color: var(--border-color-primary); box-shadow: none}
+#sheet [aria-pressed=true] {outline: 4px solid var(--mark); box-shadow: 0 0 0 4px var(--mark)}
+#sheet [aria-pressed=true] {background: var(--mark); border-color: var(--mark)}
+#sheet [aria-pressed=true] .caption-label {color: var(--body-background-fill)}
+#sheet [aria-pressed=true] .caption-label::before {content: "✓ "}
 footer .divider, .label-clear-button {display: none}
-:is(button, input, textarea, a, [role=slider]):focus-visible {outline: 3px solid var(--primary-500)}
-button[role=tab][aria-selected=true] {color: #1d4ed8}
-body {--picked: #1d4ed8}
-body.dark {--picked: #93c5fd}
-.dark button[role=tab][aria-selected=true] {color: #93c5fd}
+:focus-visible {outline: 3px solid var(--mark) !important; outline-offset: 2px}
+.icon-button-wrapper :focus-visible {outline-offset: -1px}  /* further out it would be cut off, and below too */
+button[role=tab]:focus-visible {outline-offset: -3px}
+.preview .media-button {padding: 0.5rem}
+.preview .media-button:focus-visible {outline-offset: -5px}
+[role=slider]:focus-visible {box-shadow: 0 0 0 2px var(--body-background-fill)}  /* on whatever picture */
+#sheet [aria-pressed=true]:focus-visible {outline-offset: 6px}  /* around the frame of a picked one, which stays */
+body {--mark: var(--input-border-color-focus)}
+body.dark {color-scheme: dark}
+button[role=tab][aria-selected=true] {color: var(--mark)}
 """
-# A picture whose box is checked has a frame and a tick: without a question to the server, and for the keyboard too.
-CSS += "".join(
-    f"""
-body:has(#picks label:nth-of-type({n}) :checked) #sheet .gallery-item:nth-child({n}) {{
-    .thumbnail-item {{outline: 4px solid var(--picked)}}
-    .caption-label::before {{content: "✓ "}}
-}}"""
-    for n in range(1, MOST_PICTURES + 1)
-)
-# A picture that is clicked checks its box, likewise at once: however quick the clicks are, none is lost.
+# A picture that is clicked checks its box, and is pressed while its box is checked: without a question to the server,
+# so that none is lost, however quick the clicks are, and for the keyboard too.
 PICK = """
+const pictures = () => [...document.querySelectorAll("#sheet .thumbnail-lg")];
+const press = () => {
+    const boxes = document.querySelectorAll("#picks input");
+    pictures().forEach((picture, n) => { picture.ariaPressed = Boolean(boxes[n]?.checked); });
+};
+document.addEventListener("change", press);
 document.addEventListener("click", (event) => {
-    const picture = event.target.closest("#sheet .gallery-item");
-    if (picture) document.querySelectorAll("#picks input")[[...picture.parentNode.children].indexOf(picture)]?.click();
+    const picture = event.target.closest("#sheet .thumbnail-lg");
+    if (picture) document.querySelectorAll("#picks input")[pictures().indexOf(picture)]?.click();
 });
 """
 # gradio's slider over two pictures knows the mouse alone: it gets a name, a place in the order of Tab, and arrow keys,
@@ -79,6 +90,8 @@ const slide = (handle) => {
         drag(handle, Math.min(Math.max(place(handle).percent + move, 0), 100));
     });
     new MutationObserver(tell).observe(handle, {attributeFilter: ["style"]});
+    new ResizeObserver(tell).observe(handle.parentNode);
+    handle.parentNode.addEventListener("load", tell, true);  // of its pictures, whose sizes count
     tell();
 };
 """
@@ -101,6 +114,7 @@ NAME = """
 const name = (one, label) => { if (label && one.ariaLabel !== label) one.ariaLabel = label; };
 const mend = () => {
     explain();
+    press();
     for (const picture of document.querySelectorAll(".shelf .thumbnail-item")) {
         const image = picture.querySelector("img");
         name(picture, picture.querySelector(".caption-label")?.textContent.trim() || image?.title);
@@ -136,5 +150,6 @@ def theme() -> gr.themes.Base:
     for state in ("", "_hover", "_visited", "_active"):
         colours |= {f"link_text_color{state}": "*secondary_700", f"link_text_color{state}_dark": "*secondary_300"}
     for field in ("input", "checkbox"):
+        colours |= {f"{field}_border_color_focus": "#1d4ed8", f"{field}_border_color_focus_dark": "#93c5fd"}
         colours |= {f"{field}_border_color": "*neutral_500", f"{field}_border_color_dark": "*neutral_400"}
     return gr.themes.Default(primary_hue="blue").set(**colours)
