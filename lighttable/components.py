@@ -56,7 +56,8 @@ def lay_out(table: LightTable) -> Parts:
                 _compare_tab(parts, table)
             with gr.Tab("History"):
                 _history_tab(parts)
-    gr.Markdown(f"Model: `{table.model}`" + (f", learned solver: `{table.solver}`" if table.solver else ""))
+    solver = f"learned solver: `{table.solver}`" if table.solver else "no learned solver (`--solver`)"
+    gr.Markdown(f"Model: `{table.model}`, {solver}")
     for part in (parts.sheet, parts.refine, parts.compare):  # out of all columns, which would show it with themselves
         part["ticket"] = gr.Textbox(label="Ticket", visible="hidden")  # where it changes, a run joins the queue
     return parts
