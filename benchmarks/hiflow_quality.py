@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks.hiflow_measures import PATCH, Looker
 from benchmarks.hiflow_report import OTHERS, RENDERED, draw_sheet, summary, table
-from benchmarks.hiflow_rows import GROUPS, Artist, Row, few_steps, main_rows, variants
+from benchmarks.hiflow_rows import GROUPS, STOCK, Artist, Row, few_steps, main_rows, variants
 from data.command_line import DTYPES
 from data.scenes import Scene, caption, render_batch
 from evaluation.cache import digest, load, store
@@ -166,6 +166,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--preset", default="code", help="code or paper: the numbers of the main rows")
     parser.add_argument("--also", nargs="+", choices=GROUPS, default=[], help="groups of further rows")
+    parser.add_argument("--without_stock", action="store_true", help="leaves out the pipeline's own call")
     parser.add_argument("--solver", help="folder of a learned solver; adds rows of few steps, without and with it")
     parser.add_argument("--steps", type=int, help="of the base; the larger stages keep their share of it")
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[3.0], help="one, or one a size")
@@ -194,6 +195,8 @@ def main(arguments: list[str] | None = None) -> dict:
     guidance = args.guidance_scale if len(args.guidance_scale) > 1 else args.guidance_scale[0]
     artist = Artist(pipe, args.sizes, guidance)
     rows = [*main_rows(recipe), *(row for group in args.also for row in variants(group, recipe, pipe, args.sizes))]
+    if args.without_stock:
+        rows = [row for row in rows if row.alignment != STOCK]
     if args.solver:
         rows += few_steps(recipe, pipe, args.solver, args.guidance_scale[0])
     dino = load_reward("dino", model=args.dino, device=pipe.device)
