@@ -5,7 +5,7 @@
 
 Three rows a family: the full run, its preview at half the size by the paper's setting, and its refinement, the rest of
 the full run. `bare_s` is the sum of their evaluations, `decoding_s` their one decoding, each measured alone;
-`beside_percent` is what the run takes beyond the evaluations (bar: 5 %), and `beside_both_percent` beyond the decoding as
+`beside_percent` is what the run takes beyond the evaluations (bar: 5 %), `beside_both_percent` beyond the decoding as
 well. Medians after a warm-up.
 """
 
@@ -29,7 +29,7 @@ def measure(name: str, given) -> list[dict]:
     call = {"guidance_scale": GUIDANCE}
     if family.frames is not None:
         call["num_frames"] = TINY_FRAMES if given.tiny else family.frames
-    options = PreviewOptions(num_inference_steps=given.steps)
+    options = PreviewOptions(num_inference_steps=given.steps, method="subsample")
     sizes = {"full": (height, width), "small": (height // options.scale, width // options.scale)}
     evaluations = {key: evaluation(pipe, size, call, given.repeats) for key, size in sizes.items()}
     decodings = {key: decoding(pipe, size, call, given.repeats) for key, size in sizes.items()}

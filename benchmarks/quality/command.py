@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
 
-from benchmarks.quality.lines import lines_of
+from benchmarks.quality.lines import Line
 from benchmarks.quality.report import draw_figure, report_of, table, write_json
 from benchmarks.quality.sheet import draw_sheet
 from benchmarks.quality.study import Measured, Row, Study
@@ -84,13 +83,11 @@ def run(
 def finish(
     args: argparse.Namespace,
     study: Study,
-    measured: Sequence[Measured],
+    lines: Sequence[Line],
     title: str,
     mine: str,
     more: dict,
     remarks: Sequence[str] = (),
-    seeds_each: int = 1,
-    scenes_MD: Tensor | None = None,
 ) -> dict:
     """Writes metrics.json, table.md, figure.png and contact_sheet.png, prints the table, and returns the numbers.
 
@@ -99,9 +96,7 @@ def finish(
         mine: the curve that the figure shows in red.
         more: further numbers for metrics.json.
         remarks: lines below the table.
-        seeds_each, scenes_MD: as of `lines_of`.
     """
-    lines = lines_of(study, measured, seeds_each, scenes_MD)
     about = {"model": args.model, "size": args.size, "steps": args.steps, "prompt_source": args.prompts}
     report = {**report_of(lines, study, about), **more}
     args.output.mkdir(parents=True, exist_ok=True)
@@ -109,6 +104,6 @@ def finish(
     write_json(report, args.output / "metrics.json")
     (args.output / "table.md").write_text(text)
     draw_figure(report, mine, args.output / "figure.png")
-    draw_sheet(measured, study.samples, args.output / "contact_sheet.png")
+    draw_sheet([line.measured for line in lines], study.samples, args.output / "contact_sheet.png")
     print(text)
     return report

@@ -1,15 +1,17 @@
 """How alike a small preview and the full-size picture of one seed are, against everything else at the same cost.
 
     python -m benchmarks.quality.preview                                    # 10 minutes on 2 CPU cores
-    python -m benchmarks.quality.preview --num_prompts 200 --sweep          # the table of record, 45 minutes
+    python -m benchmarks.quality.preview --num_prompts 200 --sweep --dtype bfloat16 --solver runs/mini_flux/best
     python -m benchmarks.quality.preview --num_prompts 20 --seeds_each 8    # ranks of 8 candidates a prompt
 
-128 -> 64 px on zoo/mini-flux and held-out captions; whatever a row makes is compared at 64 px with the picture of the
-full run, area-downsampled. Writes metrics.json, table.md, figure.png and contact_sheet.png; finished rows are kept.
+The second makes the table of record, in MINUTES of a core that knows bfloat16. 128 -> 64 px on zoo/mini-flux and
+held-out captions; whatever a row makes is compared at 64 px with the picture of the full run, area-downsampled. Writes
+metrics.json, table.md, figure.png and contact_sheet.png; finished rows are kept.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from benchmarks.quality import pooled_latents
 from benchmarks.quality.command import finish, open_instruments, open_model, parser_of, run
-from benchmarks.quality.lines import network_of_pipeline
+from benchmarks.quality.lines import Line, lines_of, network_of_pipeline
 from benchmarks.quality.study import Batch, Drawn, Measured, Row
 from evaluation.solvers import OWN_GRID, classical, describe, learned
 from solver.samplers.cascade import Segment, fresh_copy, run_segment
@@ -34,7 +36,10 @@ SWITCH, GUIDED = 1 / 3, 1 / 6
 SWITCHES = (1 / 6, 1 / 3, 1 / 2)
 MEAN_SWITCHES = (0, 0.1, 1 / 6, 1 / 3)
 SWEPT_M, SWEPT_KAPPA = (1 / 30, 0.1, 1 / 6, 1 / 3), (0.5, 1.0, 2.0, 4.0)
+MEAN_SWEPT_M, MEAN_SWEPT_KAPPA = (0.1, 1 / 6, 1 / 3), (0.5, 1.0, 2.0)
 FEW = 8  # small steps of a multistep solver
+FEWER = (2, 3, 5, 7)  # full-size steps: what previews in few small steps have to beat
+CONSISTENCY = ("pixels", "ssim", "dino", "dino_patches", "clip", "depth", "segmentation")
 ONLY_MEASURED = 1e-30  # a strength that corrects nothing, for the norm of the commutator where there is no guidance
 
 
@@ -81,7 +86,8 @@ class Painter:
     def preview(self, name: str, curve: str = "", stepper: str = "Euler", in_sheet: bool = False, **options) -> Row:
         """A preview with options, compared with `OURS`."""
         options = PreviewOptions(
-            **{"num_inference_steps": self.steps, "switch": SWITCH, "guided_steps": GUIDED} | options
+            **{"num_inference_steps": self.steps, "switch": SWITCH, "guided_steps": GUIDED, "method": "subsample"}
+            | options
         )
         scheduler = self.scheduler(stepper, options.number_of_small_steps)
 
@@ -105,7 +111,8 @@ class Painter:
 
     def equal_steps(self) -> int:
         """Full-size steps that cost as much as a preview."""
-        options = PreviewOptions(num_inference_steps=self.steps, switch=SWITCH, guided_steps=GUIDED)
+        setting = {"num_inference_steps": self.steps, "switch": SWITCH, "guided_steps": GUIDED}
+        options = PreviewOptions(**setting, method="subsample")
         network = network_of_pipeline(self.pipe)
         sizes = (self.size, self.size // 2)
         full, small = (evaluation_flops(network, image_tokens(network, side, side)) for side in sizes)
@@ -128,7 +135,7 @@ def rows_of(paint: Painter, gain: tuple, sweep: bool) -> list[Row]:
     solvers = {"Euler": "Euler", "DPM-Solver++(2M)": "dpmpp2m"} | ({"learned": "learned"} if paint.solver else {})
     rows = [paint.plain(FULL, "Euler", steps, size, curve=FULL)]
     for label, solver in solvers.items():
-        for fewer in sorted({max(2, equal // 2), equal}):
+        for fewer in sorted({*FEWER, max(2, equal // 2), equal}):
             shown = fewer == equal and solver != "dpmpp2m"
             name = f"{label}, {fewer} steps"
             rows.append(paint.plain(name, solver, fewer, size, curve=label, against=OURS, in_sheet=shown))
@@ -139,6 +146,9 @@ def rows_of(paint: Painter, gain: tuple, sweep: bool) -> list[Row]:
     ]
     rows += [paint.preview(f"{OURS}, D = {_of(s, steps)}", curve=OURS, switch=s) for s in SWITCHES if s != SWITCH]
     multistep = [solver for solver in solvers.values() if solver != "Euler"]
+    for solver in multistep:
+        name = f"direct small, {FEW} steps of {solver}"
+        rows.append(paint.plain(name, solver, FEW, size // 2, curve="direct small", against=OURS))
     few = {solver: f"{OURS}, {FEW} small steps of {solver}" for solver in multistep}
     rows += [paint.preview(few[solver], curve=few[solver], stepper=solver, small_steps=FEW) for solver in multistep]
     rows += _controls(paint)
@@ -148,6 +158,11 @@ def rows_of(paint: Painter, gain: tuple, sweep: bool) -> list[Row]:
             paint.preview(f"{OURS}, m = {_of(m, steps)}, κ = {kappa:g}", guided_steps=m, kappa=kappa)
             for m in SWEPT_M
             for kappa in SWEPT_KAPPA
+        ]
+        rows += [
+            _mean(paint, f"{MEAN}, m = {_of(m, steps)}, κ = {kappa:g}", SWITCH, guided_steps=m, kappa=kappa)
+            for m in MEAN_SWEPT_M
+            for kappa in MEAN_SWEPT_KAPPA
         ]
     return list({row.name: row for row in rows}.values())  # of few steps, some fractions are the same step
 
@@ -175,8 +190,10 @@ def _means(paint: Painter, gain: tuple, multistep: list[str]) -> list[Row]:
     rows.append(_mean(paint, f"{MEAN}, {at}, guidance", SWITCH, guided_steps=GUIDED))
     rows.append(_mean(paint, f"{MEAN}, {at}, gain", SWITCH, gain=gain))
     for solver in multistep:
-        few = f"{MEAN}, {FEW} small steps of {solver}, {at}, guidance"
-        rows.append(_mean(paint, few, SWITCH, guided_steps=GUIDED, stepper=solver, small_steps=FEW))
+        curve = f"{MEAN}, guidance, {FEW} small steps of {solver}"
+        for switch in MEAN_SWITCHES[1:]:
+            few = f"{MEAN}, {FEW} small steps of {solver}, D = {_of(switch, steps)}, guidance"
+            rows.append(_mean(paint, few, switch, curve=curve, guided_steps=GUIDED, stepper=solver, small_steps=FEW))
     return rows
 
 
@@ -206,6 +223,45 @@ def commutators(measured: Sequence[Measured]) -> dict[str, dict]:
                 "p": float(wilcoxon(after.double(), before.double()).pvalue),
             }
     return found
+
+
+def bars(lines: Sequence[Line], equal: int) -> list[str]:
+    """What was expected of previews and what was found, as rows of a table."""
+    by_name = {line.name: line for line in lines}
+
+    def less(one: str, other: str) -> str:
+        estimate = by_name[one].estimates["pixels"] - by_name[other].estimates["pixels"]
+        return f"{estimate.value:+.2f} [{estimate.ci95[0]:+.2f}, {estimate.ci95[1]:+.2f}] dB"
+
+    unguided = [f"{choice}, no guidance" for choice in ("argmin", "random", "argmax")]
+    found = [(f"{one} - {other}", less(one, other)) for one, other in pairwise(unguided)]
+    found += [(f"{OURS} - {other}", less(OURS, other)) for other in (unguided[0], "naive nearest")]
+    rivals = [line.name for line in lines if line.name.endswith(f", {equal} steps")]
+    for rival in rivals:
+        ahead, behind = (_surely(by_name[one], by_name[other]) for one, other in ((OURS, rival), (rival, OURS)))
+        found.append((f"{OURS} against {rival}: metrics surely ahead, behind", f"{ahead}, {behind}"))
+    asked = by_name[OURS]
+    as_good = [line for line in lines[1:] if not _surely(asked, line)]
+    small = [line for line in as_good if line.measured.row.facts.get("options")]
+    for label, kept in (("half-size", small), ("any", as_good)):
+        best = min(kept, key=lambda line: line.gflops)
+        ratios = f"{lines[0].gflops / best.gflops:.2f}, {asked.gflops / best.gflops:.2f}"
+        found.append(
+            (f"cheapest {label} row that {OURS} is ahead of in no metric: {best.name}", f"{ratios} times less")
+        )
+    head = [
+        "## What was expected",
+        "",
+        "| | PSNR, paired; or compute against the full run and against ours |",
+        "|---|---|",
+    ]
+    return [*head, *(f"| {what} | {value} |" for what, value in found), ""]
+
+
+def _surely(one: Line, other: Line) -> int:
+    """In how many metrics of consistency one is ahead of another, the whole interval above 0."""
+    shared = [name for name in CONSISTENCY if name in one.estimates]
+    return sum((one.estimates[name] - other.estimates[name]).ci95[0] > 0 for name in shared)
 
 
 def remarks(assumption: dict, norms: dict[str, dict]) -> list[str]:
@@ -243,8 +299,9 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     study, measured = run(args, pipe, rows, open_instruments(args, pipe.device), args.seeds_each)
     norms = commutators(measured)
     more = {"pooled_latents": assumption, "commutators": norms, "equal_steps": paint.equal_steps()}
-    title = f"Preview, {args.size} to {args.size // 2} px"
-    return finish(args, study, measured, title, OURS, more, remarks(assumption, norms), args.seeds_each)
+    lines = lines_of(study, measured, args.seeds_each)
+    below = [*bars(lines, paint.equal_steps()), *remarks(assumption, norms)]
+    return finish(args, study, lines, f"Preview, {args.size} to {args.size // 2} px", OURS, more, below)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from benchmarks.quality.command import finish, open_instruments, open_model, parser_of, run
-from benchmarks.quality.lines import network_of_pipeline
+from benchmarks.quality.lines import lines_of, network_of_pipeline
 from benchmarks.quality.study import Batch, Drawn, Row
 from data.scenes import Scene, render_batch
 from evaluation.instruments import Instruments
@@ -183,7 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     about = about_schedules(paint, schedules)
     more = {"shift": paint.shift, "schedules": about, "scenes": args.scenes}
     title = f"RALU at {args.size} px"
-    return finish(args, study, measured, title, RALU, more, remarks(about, paint.shift), scenes_MD=scenes_MD)
+    lines = lines_of(study, measured, scenes_MD=scenes_MD)
+    return finish(args, study, lines, title, RALU, more, remarks(about, paint.shift))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ def test_preview(flux, arguments, tmp_path, capsys):
     assert rows["ours, D = 3"]["calls"] == calls((SMALL, 4 + 3 - 1), (FULL, 4))
     assert rows["mean, D = 0"]["calls"] == calls((SMALL, 6))
     assert rows["mean, 8 small steps of dpmpp2m, D = 1"]["calls"] == calls((SMALL, 8), (FULL, 1))
+    assert rows["mean, 8 small steps of dpmpp2m, D = 1, guidance"]["calls"] == calls((SMALL, 8), (FULL, 2))
+    assert rows["direct small, 8 steps of learned"]["calls"] == calls((SMALL, 8))
     steps = report["equal_steps"]
     for solver in ("Euler", "DPM-Solver++(2M)", "learned"):
         assert rows[f"{solver}, {steps} steps"]["calls"] == calls((FULL, steps))
@@ -78,6 +80,14 @@ def test_preview(flux, arguments, tmp_path, capsys):
     assert equal["differences"]["pixels"]["mean"] == pytest.approx(
         equal["metrics"]["pixels"]["mean"] - rows["ours"]["metrics"]["pixels"]["mean"]
     )
+
+    # the bars: one line a pair, and the cheapest row that ours is ahead of in no metric
+    text = (tmp_path / "table.md").read_text()
+    less = rows["ours"]["metrics"]["pixels"]["mean"] - rows["naive nearest"]["metrics"]["pixels"]["mean"]
+    assert (
+        f"| ours - naive nearest | {less:+.2f} [" in text and "| argmin, no guidance - random, no guidance |" in text
+    )
+    assert "| cheapest half-size row that ours is ahead of in no metric: " in text
 
     # with and without guidance the candidate is the same
     norms = report["commutators"]
@@ -108,7 +118,7 @@ def test_bfloat16(command, flux, arguments, tmp_path, capsys):
 def test_sweep_of_guided_steps_and_strengths(flux):
     paint = preview.Painter(load_pipeline(flux, "float32", "cpu"), FULL, 30, 3.0)
     rows = {row.name: row for row in preview.rows_of(paint, gain=((1.0,) * 8, (0.0,) * 8), sweep=True)}
-    assert len([name for name in rows if "κ" in name]) == 16
+    assert len([name for name in rows if "κ" in name]) == 16 + 9
     assert rows["ours, m = 5, κ = 2"].facts == rows["ours"].facts  # the paper's setting
     assert rows["ours"].facts["options"]["switch"] == 10
 
