@@ -78,6 +78,10 @@ def recipe_of(facts: Mapping[str, str], image: Path | None = None) -> Recipe:
         OSError: there is no such `image`.
         ValueError: something is missing, no such value can be, or `image` is not the picture that was edited.
     """
+    if "preview" in facts:
+        raise ValueError(
+            "The picture is one of `sample.py preview`; `refine` makes its full picture, from the files beside it."
+        )
     if missing := [name for name in ("prompt", "seed", "solver", "steps") if name not in facts]:
         raise ValueError(f"The picture does not say its {', '.join(missing)}, so it cannot be made again from itself.")
     if re.match(r"ralu\b", facts["solver"]):

@@ -11,7 +11,7 @@ import itertools
 import os
 import shlex
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from data.prompts import source_identity
 from evaluation.config import MOST_STEPS, check_guidance, is_step_count
 
 OUTPUTS = Path("outputs")  # where pictures go for which no --output is given
+GUIDANCE_SCALE = 3.0  # where nothing is said
 # What a PNG remembers.
 KEPT = ("model", "prompt", "negative_prompt", "seed", "guidance_scale", "height", "width", "image", "image_sha256")
 
@@ -53,7 +54,7 @@ def picture_facts(given: Namespace, remembered: dict | None = None) -> dict:
     """
     here = {key: getattr(given, key, None) for key in KEPT}
     facts = (remembered or {}) | {key: value for key, value in here.items() if value is not None}
-    check_guidance("--guidance_scale", facts.setdefault("guidance_scale", 3.0))
+    check_guidance("--guidance_scale", facts.setdefault("guidance_scale", GUIDANCE_SCALE))
     if missing := [f"--{key}" for key in ("model", "prompt", "seed") if key not in facts]:
         raise ValueError(f"{', '.join(missing)}: needed to know which picture is meant.")
     if "image" in facts and not Path(facts["image"]).is_file():
@@ -98,6 +99,12 @@ def check_output(path: Path) -> None:
     there = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
         raise OSError(f"--output {path}: no file can be written there; name another.")
+
+
+def refuse_unused(given: Namespace, names: Sequence[str], why: str) -> None:
+    """Raises ValueError if one of these flags was given: nothing would come of it."""
+    if used := [f"--{name}" for name in names if getattr(given, name) not in (None, False)]:
+        raise ValueError(f"{', '.join(used)}: {why}; leave it out.")
 
 
 def check_steps(*counts: int | None, option: str = "--steps") -> None:

@@ -1,6 +1,7 @@
 """Small pictures that match the large ones later: a numbered proof sheet, of which one is finished.
 
     python sample.py preview --model zoo/mini-flux --prompt "a red ring above a blue cube" --seed 7 --candidates 8
+    python sample.py preview --model zoo/mini-flux --prompt "a red ring" --seed 7 --solver FOLDER --small_steps 8
     python sample.py refine --pick 3
     python sample.py preview --explain --family flux --width 1024 --height 1024 --json
 
@@ -12,15 +13,15 @@ phases and FLOPs of a published model, and loads no weights.
 import inspect
 import json
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 from pathlib import Path
 
-from evaluation.commands import OUTPUTS, check_output, check_steps, next_output
+from evaluation.commands import GUIDANCE_SCALE, OUTPUTS, check_output, check_steps, next_output, refuse_unused
 from evaluation.config import check_guidance
 
 # option of `PreviewOptions` -> type of the flag; what it means is in that class
 NUMBERS = {"guided_steps": float, "switch": float, "scale": int, "kappa": float, "alpha": float, "small_steps": int}
 CHOICES = ("method", "candidates_from", "selection", "unit", "target", "grid", "positions")
-CALL = {"negative_prompt": str, "guidance_scale": float, "true_cfg_scale": float, "num_frames": int}
 SHEET, FACTS = "sheet.png", "previews.json"
 PREVIEWS = "preview"  # of the folders' names where none is given
 SHEET_COLUMNS = 4
@@ -37,8 +38,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="likewise")
     parser.add_argument("--steps", type=int, default=30, help="of the full-size run")
     parser.add_argument("--solver", help="folder or hub id of a learned solver for the small steps")
-    for name, kind in CALL.items():
-        parser.add_argument(f"--{name}", type=kind, help="of the pipeline")
+    parser.add_argument("--guidance_scale", type=float, help=f"default {GUIDANCE_SCALE:g}")
+    parser.add_argument("--negative_prompt", help="what the picture shall not show; needs guidance above 1")
+    parser.add_argument("--true_cfg_scale", type=float, help="of models that are told a guidance scale besides")
+    parser.add_argument("--num_frames", type=int, help="of a video")
     options = parser.add_argument_group("options of the method, see solver/samplers/preview/options.py")
     for name, kind in NUMBERS.items():
         options.add_argument(f"--{name}", type=kind)
@@ -48,7 +51,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     options.add_argument("--corrections", type=int)
     options.add_argument("--guide_at_switch", action="store_true", default=None)
     parser.add_argument("--explain", action="store_true", help="print the plan and stop")
-    parser.add_argument("--family", default="flux", help="published model of --explain")
+    parser.add_argument("--family", help="published model of --explain, default flux")
     parser.add_argument("--json", action="store_true", help="of --explain")
     parser.add_argument("--device", help="the GPU if there is one, by default")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -58,6 +61,8 @@ def run(given: Namespace) -> Path | str:
     """Writes the folder and answers the sheet's path, or answers the plan. Raises ValueError or OSError."""
     check_steps(given.steps)
     check_steps(given.small_steps, option="--small_steps")
+    if given.alpha is not None and given.kappa is not None:
+        raise ValueError("--alpha, --kappa: the same strength in two units; give one of them.")
     if given.candidates < 1:
         raise ValueError(f"--candidates {given.candidates}: expected at least 1.")
     for name in ("guidance_scale", "true_cfg_scale"):
@@ -71,12 +76,15 @@ def run(given: Namespace) -> Path | str:
         chosen["candidates"] = chosen.pop("candidates_from")
     options = PreviewOptions(num_inference_steps=given.steps, **chosen)
     if given.explain:
+        refuse_unused(given, ("model", "prompt", "seed", "solver", "output", "device"), "--explain makes no picture")
+        given.family = given.family or "flux"
         from solver.samplers.preview.explain import as_table, branches_at, explain
 
         branches = branches_at(given.family, given.guidance_scale, given.true_cfg_scale)
         size = (given.height, given.width, given.num_frames)
         report = explain(given.family, *size, options, given.candidates, branches)
         return json.dumps(report) if given.json else as_table(report)
+    refuse_unused(given, ("family", "json"), "only --explain has that")
     return _render(given, options)
 
 
@@ -97,41 +105,66 @@ def _render(given: Namespace, options) -> Path:
     check_output(output / SHEET)
     from evaluation.rendering import load_pipeline
     from evaluation.single import solver_scheduler
-    from solver.samplers.calls import guidance, text_length
+    from solver.samplers.calls import text_length
+    from solver.samplers.cascade import encoded_once
     from solver.samplers.latents import as_seeds
     from solver.samplers.preview import preview
 
     as_seeds((given.seed, given.seed + given.candidates - 1))  # raises before the work
     pipe = load_pipeline(given.model, given.dtype, given.device)
-    call = text_length(pipe) | {name: getattr(given, name) for name in CALL if getattr(given, name) is not None}
-    if "guidance_scale" in call:  # some take it under another name
-        call = guidance(pipe, call.pop("guidance_scale")) | call
-    if "true_cfg_scale" in call:  # without effect if there is no negative prompt
-        call.setdefault("negative_prompt", "")
+    call = text_length(pipe) | _guidance(pipe, given)
+    if given.num_frames is not None:
+        call["num_frames"] = given.num_frames
     if unknown := [f"--{name}" for name in call if name not in inspect.signature(pipe.__call__).parameters]:
         raise ValueError(f"{', '.join(unknown)}: not an argument of {type(pipe).__name__}.")
     scale = call.get("true_cfg_scale", call.get("guidance_scale", 1.0))
     stepper = solver_scheduler(given.solver, pipe.scheduler, scale) if given.solver else None
     size = {"height": given.height, "width": given.width}
-    picture_facts = {"model": given.model, "prompt": given.prompt, "height": given.height, "width": given.width}
-    picture_facts = {name: value for name, value in picture_facts.items() if value is not None}
+    # What the previews have in common, in their PNGs and in previews.json.
+    common = {"model": given.model, "prompt": given.prompt, "negative_prompt": given.negative_prompt, **size}
+    common |= {"dtype": given.dtype, "solver": given.solver, **_numbers(call)}
+    common = {name: value for name, value in common.items() if value is not None}
     for name in (FACTS, SHEET):  # of an earlier run: should this one be interrupted, they would be of other previews
         (output / name).unlink(missing_ok=True)
     shown = []
-    for number in range(1, given.candidates + 1):
-        # One by one: a batch would differ from the picture's own run in the last bits.
-        made = preview(pipe, given.prompt, given.seed + number - 1, options, stepper=stepper, **size, **call)
-        made.checkpoint.save(output / str(number))
-        save_picture(
-            made.image, output / f"{number}.png", picture_facts | {"seed": made.checkpoint.seed, "preview": number}
-        )
-        shown.append(made)
-    facts = {"model": given.model, "dtype": given.dtype, "prompt": given.prompt}
+    with encoded_once(pipe):
+        for number in range(1, given.candidates + 1):
+            # One by one: a batch would differ from the picture's own run in the last bits.
+            made = preview(pipe, given.prompt, given.seed + number - 1, options, stepper=stepper, **size, **call)
+            made.checkpoint.save(output / str(number))
+            of_this = {"seed": made.checkpoint.seed, "preview": number, "options": json.dumps(asdict(options))}
+            save_picture(made.image, output / f"{number}.png", common | of_this)
+            shown.append(made)
+    facts = common | {"options": asdict(options), "versions": made.checkpoint.made_by["versions"]}
     facts["candidates"] = [{"seed": made.checkpoint.seed, **made.report} for made in shown]
     (output / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     sheet = output / SHEET
     proof_sheet([made.image for made in shown]).save(sheet)
     return sheet
+
+
+def _guidance(pipe, given: Namespace) -> dict:
+    """What the call says of guidance. Raises ValueError for what would be without effect."""
+    from solver.samplers.calls import guidance, guides_by_true_cfg
+
+    scale, true_cfg, negative = given.guidance_scale, given.true_cfg_scale, given.negative_prompt or ""
+    if true_cfg is not None and guides_by_true_cfg(pipe):
+        if scale is not None:
+            raise ValueError("--guidance_scale, --true_cfg_scale: the same of this model; give one of them.")
+        scale, true_cfg = true_cfg, None
+    scale = GUIDANCE_SCALE if scale is None else scale
+    if true_cfg is None:
+        call = guidance(pipe, scale, [negative])
+        return call | ({"negative_prompt": negative} if "negative_prompt" in call else {})
+    if negative and true_cfg <= 1:
+        raise ValueError(f"--true_cfg_scale {true_cfg:g}: a negative prompt needs more than 1.")
+    return guidance(pipe, scale) | {"true_cfg_scale": true_cfg, "negative_prompt": negative}
+
+
+def _numbers(call: dict) -> dict:
+    """Guidance and frames of a call, the guidance under the name that the other commands remember it by."""
+    names = {"true_cfg_scale": "guidance_scale"} if "guidance_scale" not in call else {}
+    return {names.get(name, name): value for name, value in call.items() if isinstance(value, int | float)}
 
 
 def save_picture(image, path: Path, facts: dict) -> Path:

@@ -24,6 +24,7 @@ from evaluation.commands import (
     next_output,
     picture_facts,
     pipeline_class,
+    refuse_unused,
 )
 from evaluation.commands.preview import FACTS, last_previews, save_picture
 
@@ -33,6 +34,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.set_defaults(dtype=None)  # float32, or that of the previews' run
     parser.add_argument("--preview", type=Path, help="folder of `preview`, or PNG of `solver`")
     parser.add_argument("--pick", type=int, help="which preview of the folder; not needed where there is one")
+    parser.add_argument(
+        "--other_versions",
+        action="store_true",
+        help="go on with a folder though torch or diffusers are of another version, which may change the last bits",
+    )
     parser.add_argument(
         "--scheduler", help="diffusers class; by default the multistep DPM-Solver, of a flow model its own"
     )
@@ -49,6 +55,9 @@ def run(given: Namespace) -> Path:
         given.preview, given.pick = given.preview.parent, _number(given.preview)
     if given.preview and given.preview.is_dir():
         return _go_on(given)
+    if given.preview and not given.preview.exists():
+        raise OSError(f"--preview {given.preview}: there is no such file or folder.")
+    refuse_unused(given, ("other_versions",), "only a folder of `sample.py preview` is gone on with")
     if given.pick is not None:
         raise ValueError(f"--pick {given.pick}: --preview must be a folder of `sample.py preview`.")
     steps = 40 if given.steps is None else given.steps
@@ -91,11 +100,15 @@ def _go_on(given: Namespace) -> Path:
     from solver.samplers.preview import Checkpoint, refine
 
     checkpoint = Checkpoint.load(given.preview / str(pick))
+    del facts["candidates"]
     model = given.model or facts["model"]
     with named_by_the_file("model", model, given.model):
         pipe = load_pipeline(model, facts["dtype"], given.device, only_here=given.model is None)
-    facts = {"model": model, "prompt": facts["prompt"], "seed": checkpoint.seed, "preview": given.preview / str(pick)}
-    return save_picture(refine(pipe, checkpoint), given.output, facts)
+    picture = refine(pipe, checkpoint, other_versions=given.other_versions)
+    made = {"seed": checkpoint.seed, "steps": checkpoint.num_inference_steps, "picked": given.preview / str(pick)}
+    if "true_cfg_scale" not in facts:  # with two guidances no other command can make it again
+        made["solver"] = type(pipe.scheduler).__name__
+    return save_picture(picture, given.output, {**facts, "model": model, **made})
 
 
 def _facts(folder: Path) -> dict:
@@ -109,6 +122,6 @@ def _facts(folder: Path) -> dict:
         if wrong := [name for name, kind in kinds.items() if not isinstance(facts[name], kind)]:
             raise ValueError(f"{wrong[0]} is {facts[wrong[0]]!r}")
         check_dtype(facts["dtype"])
-        return {name: facts[name] for name in kinds}
+        return {name: facts[name] for name in (*kinds, *KEPT, "true_cfg_scale", "num_frames") if name in facts}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not what `sample.py preview` wrote: {error!r}.") from error

@@ -8,11 +8,14 @@ some steps corrected towards what the network saw at full size (commutator-zero 
 
 | module       | what it does                                                                    |
 |--------------|---------------------------------------------------------------------------------|
-| `options`    | the knobs; the phases of a run and what they cost                                |
+| `options`    | the knobs, and the plan: phases, evaluations, sigmas                             |
+| `phases`     | the full-size steps, the choice of an operator, the small steps                  |
 | `selection`  | which elements of the latent a small picture keeps                               |
 | `guidance`   | the correction                                                                   |
 | `sampler`    | `preview` and `refine`                                                           |
 | `checkpoint` | where a full-size run was left, in two files                                     |
+| `positions`  | ids of the small tokens that they had at full size                               |
+| `explain`    | the plan of a published model and its FLOPs, without weights                     |
 | `operators`  | the same guidance for other operators: translate and warp the picture mid-run    |
 
 Source: arXiv 2604.09227, of which there is no public code. Method `"mean"` is ours.

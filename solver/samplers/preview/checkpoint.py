@@ -112,7 +112,10 @@ class Checkpoint:
             differing = [name for name in differing if name != "versions"]
         if differing:
             pairs = "; ".join(f"{name}: {self.made_by.get(name)} then, {found[name]} now" for name in differing)
-            raise ValueError(f"The checkpoint is of another pipeline ({pairs}); refine with the one that made it.")
+            how = ", or with other_versions" if differing == ["versions"] else ""
+            raise ValueError(
+                f"The checkpoint is of another pipeline ({pairs}); refine with the one that made it{how}."
+            )
 
     def check_grid(self, sigmas: Tensor) -> None:
         """Raises ValueError unless the run has these sigmas."""
@@ -131,7 +134,7 @@ def _written_call(call: Mapping) -> tuple[dict, dict[str, Tensor]]:
             tensors[f"call.{name}"] = value
         elif isinstance(value, Image.Image):
             tensors[f"picture.{name}"] = torch.from_numpy(np.array(value))
-        elif isinstance(value, list) and isinstance(value[0], Image.Image):
+        elif isinstance(value, list) and value and isinstance(value[0], Image.Image):
             tensors[f"pictures.{name}"] = torch.from_numpy(np.array(value[0]))
         else:
             texts[name] = value
@@ -297,7 +300,7 @@ def joined_call(checkpoints: list[Checkpoint], device: torch.device) -> dict:
     for name, value in first.call.items():
         if isinstance(value, Tensor):
             joined[name] = torch.cat([one.call[name] for one in checkpoints]).to(device)
-        elif isinstance(value, list):
+        elif _is_batched(name, value):
             joined[name] = [item for one in checkpoints for item in one.call[name]]
         else:
             joined[name] = value
@@ -305,5 +308,10 @@ def joined_call(checkpoints: list[Checkpoint], device: torch.device) -> dict:
 
 
 def alike(call: dict) -> dict:
-    """What the pictures of a batch share: numbers and texts by value, of tensors and lists that there are some."""
-    return {name: "one each" if isinstance(value, Tensor | list) else value for name, value in call.items()}
+    """What the pictures of a batch share by value, and of what they have one each that there is some."""
+    return {name: "one each" if _is_batched(name, value) else value for name, value in call.items()}
+
+
+def _is_batched(name: str, value) -> bool:
+    """Whether a checkpoint's argument is a batch of one, which grows with the pictures."""
+    return isinstance(value, Tensor) or (isinstance(value, list) and len(value) == 1 and _is_one_each(name, value))

@@ -148,7 +148,7 @@ def transform(
     options = replace(options, guide_at_switch=True, small_steps=None)
     call = {"prompt": prompt, **call} if prompt is not None else call
     with encoded_once(pipe):
-        run = begin_run(pipe, call, [seed], options, (height, width), None, None)
+        run = begin_run(pipe, call, [seed], options, (height, width), None, None, shrinks=False)
         _, x, velocity, _ = full_size(run)
         sigmas = run.full[options.switch :]
         sigma = float(sigmas[0])

@@ -1,7 +1,8 @@
 """What can be chosen about a preview, what it costs, and the grid of its small part."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from solver.samplers.preview.selection import mean_sigma
 METHODS = ("subsample", "mean")
 CANDIDATES = ("random", "phases")
 SELECTIONS = ("argmin", "blockwise", "argmax", "random", "nearest")
-GRIDS = ("same", "native")
+GRIDS = ("same", "native", "remapped")
 TARGETS = ("frozen", "extrapolated")
 UNITS = ("pixels", "tokens")
 POSITIONS = ("native", "strided")
@@ -27,14 +28,15 @@ class PreviewOptions:
 
     Defaults are the paper's where it says them (D = 10 and m = 5 of 30 steps, and in proportion of other numbers;
     factor 2, argmin, one correction a step), and κ = 2, which is its α = 0.04 on FLUX's grid; on SD3.5 its α = 0.01 is
-    κ = 0.5.
+    κ = 0.5, and nobody has tried more there. Only the method is another: the paper's is `"subsample"`, and the mean,
+    measured on a miniature (`benchmarks.quality.preview`), is nearer to the full-size picture and costs less.
 
     Attributes:
         num_inference_steps: N of the full-size run.
         switch: D, the full-size steps before the small ones.
         guided_steps: m.
-        method: `"subsample"`, one element of each block at the same noise level; `"mean"`, the mean of each block at
-            the noise level that it has, σ' = σ / (σ + s (1 - σ)). The mean is ours.
+        method: `"mean"` of each block, at the noise level that it has, σ' = σ / (σ + s (1 - σ)), which is ours; or the
+            paper's `"subsample"`, one element of each block at the same noise level.
         scale: s, how much smaller a side is.
         candidates: of `"subsample"`: `"random"`, in every block another order; `"phases"`, the same in every block.
         selection: `"argmin"` of the commutator's norm; `"blockwise"` in each block on its own; the controls
@@ -42,11 +44,13 @@ class PreviewOptions:
         unit: what is kept of a block: latent `"pixels"`, or whole `"tokens"`.
         kappa: strength in units of the step, α = κ (σ - σ'); 1 means: take the full-size velocity for this step.
         alpha: strength as the paper gives it, the same at every step; then kappa is ignored.
+        fading: weaken the strength evenly over the guided steps, from all of it to one m-th.
         reevaluate: whether the network is asked again after a correction; else the velocity it gave before is used.
         corrections: in a guided step; more than one needs `reevaluate`.
         guide_at_switch: guide steps D .. D+m-1 instead of D+1 .. D+m.
         target: the full-size velocity of step D, `"frozen"`, or `"extrapolated"` from steps D-1 and D.
-        grid: sigmas of the small steps: the `"same"` as at full size, or the `"native"` ones of the small size.
+        grid: sigmas of the small steps: the `"same"` as at full size, or the `"native"` ones of the small size; or, of
+            `"subsample"`, those of the mean, `"remapped"`, from where the noise is that of the switch.
         small_steps: how many small steps there are; as many as the full-size run has left where it is None.
         positions: ids of the small tokens: `"native"`, or those that they had at full size, `"strided"` (FLUX only).
         gain: of `"mean"`: (factors, offsets), one a channel: what a mean of full-size latents has to be multiplied
@@ -59,13 +63,14 @@ class PreviewOptions:
     num_inference_steps: int = 30
     switch: int | float = 1 / 3
     guided_steps: int | float = 1 / 6
-    method: str = "subsample"
+    method: str = "mean"
     scale: int = 2
     candidates: str = "random"
     selection: str = "argmin"
     unit: str = "pixels"
     kappa: float = 2.0
     alpha: float | None = None
+    fading: bool = False
     reevaluate: bool = False
     corrections: int = 1
     guide_at_switch: bool = False
@@ -83,9 +88,14 @@ class PreviewOptions:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, values))}.")
-        for name in ("num_inference_steps", "scale", "corrections"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected a whole number.")
+        for name in ("num_inference_steps", "scale", "corrections", "small_steps"):
+            value = getattr(self, name)
+            if not _is(Integral, value) and not (name == "small_steps" and value is None):
+                raise ValueError(f"{name}={value!r}: expected a whole number.")
+        for name in ("switch", "guided_steps", "kappa", "alpha"):
+            value = getattr(self, name)
+            if not _is(Real, value) and not (name == "alpha" and value is None):
+                raise ValueError(f"{name}={value!r}: expected a number.")
         self._check_distilled()
         self._count_steps("switch", self.num_inference_steps)
         # Of few small steps as many in proportion: more would guide to where the full-size run is not going any more.
@@ -99,10 +109,20 @@ class PreviewOptions:
             raise ValueError(f"scale={self.scale}: expected 2 or more.")
         if not 0 <= self.strength < math.inf:
             raise ValueError(f"alpha={self.alpha}, kappa={self.kappa}: expected a finite strength of at least 0.")
-        if self.method == "subsample" and self.gain is not None:
-            raise ValueError("gain: only method='mean' has one.")
+        self._check_method()
         if self.target == "extrapolated" and self.switch < 1:
             raise ValueError("target='extrapolated' needs the velocities of two steps, so a switch of 1 or more.")
+
+    def _check_method(self) -> None:
+        """What belongs to the other method would be without effect."""
+        if self.method == "subsample" and self.gain is not None:
+            raise ValueError("gain: only method='mean' has one.")
+        usual = {field.name: field.default for field in fields(self)}
+        given = [name for name in ("candidates", "selection", "unit") if getattr(self, name) != usual[name]]
+        given += ["grid"] if self.grid == "remapped" else []
+        if self.method == "mean" and given:
+            shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in given)
+            raise ValueError(f"{shown}: only method='subsample' has a choice there; give that as well.")
 
     def _count_steps(self, name: str, whole: float) -> None:
         """Makes a fraction of the whole a number of steps."""
@@ -188,7 +208,9 @@ class PreviewOptions:
         falls = (-sigmas.diff()).tolist()
         alphas = [self.kappa * fall if self.alpha is None else self.alpha for fall in falls]
         guided = range(first, first + self.guided_steps)
-        return [alpha if i in guided else 0.0 for i, alpha in enumerate(alphas)]
+        weights = [1 - (i - first) / self.guided_steps if self.fading else 1.0 for i in guided]
+        weight = dict(zip(guided, weights, strict=True))
+        return [alpha * weight.get(i, 0.0) for i, alpha in enumerate(alphas)]
 
     def small_sigmas(self, full: Tensor, native: Tensor) -> Tensor:
         """The grid of the small steps, float32 (K+1,), from the switch to the end.
@@ -206,12 +228,18 @@ class PreviewOptions:
             start = float(full[self.switch])
         if self.grid == "same" and self.small_steps is None:
             return full[self.switch :]
-        grid = (full if self.grid == "same" else native).double().numpy()
+        if self.grid == "remapped":
+            full = mean_sigma(full, self.scale)
+        grid = (native if self.grid == "native" else full).double().numpy()
         number = np.arange(len(grid), dtype=float)
         begin = np.interp(-start, -grid, number)
         sigmas = np.interp(np.linspace(begin, number[-1], steps + 1), number, grid)
         sigmas[0] = start
         return torch.from_numpy(sigmas).float()
+
+
+def _is(kind: type, value) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 class Phase(NamedTuple):

@@ -34,10 +34,10 @@ from solver.samplers.preview.selection import (
 )
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler
 
-# Arguments of pipelines that count the steps of a run, or say its grid, or how many pictures it makes.
+# Arguments of pipelines that count the steps of a run, or say its grid, or how many pictures it makes and which kind.
 UNSUPPORTED = (
     "skip_guidance_layers", "control_guidance_start", "control_guidance_end", "sigmas", "timesteps",
-    "num_images_per_prompt", "num_videos_per_prompt", "num_inference_steps", "latents", "generator",
+    "num_images_per_prompt", "num_videos_per_prompt", "num_inference_steps", "latents", "generator", "output_type",
 )  # fmt: skip
 
 
@@ -59,18 +59,23 @@ class Run(NamedTuple):
     report: dict
 
 
-def begin_run(pipe, call, seeds, options, size, stepper, cache) -> Run:
-    """Sizes, solvers and grids. Raises ValueError as `preview` says."""
+def begin_run(pipe, call, seeds, options, size, stepper, cache, shrinks: bool = True) -> Run:
+    """Sizes, solvers and grids. Raises ValueError as `preview` says.
+
+    Without `shrinks` the whole run stays at full size.
+    """
     require_flow(pipe, pipe.scheduler)
     if refused := [name for name in UNSUPPORTED if call.get(name) is not None]:
         raise ValueError(f"{', '.join(refused)}: not in a preview, whose run is cut into several calls; leave it out.")
     require_cache(pipe, cache)
     height, width = (own if given is None else given for given, own in zip(size, default_size(pipe), strict=True))
-    multiple = options.scale * vae_factor(pipe) * patch_size(pipe)
+    multiple = vae_factor(pipe) * patch_size(pipe) * (options.scale if shrinks else 1)
     if height % multiple or width % multiple:
-        raise ValueError(
-            f"height={height}, width={width}: a preview of 1/{options.scale} the size needs multiples of {multiple}."
-        )
+        what = f"a preview of 1/{options.scale} the size" if shrinks else "a picture"
+        raise ValueError(f"height={height}, width={width}: {what} needs multiples of {multiple}.")
+    channels = latent_shape(pipe, height, width, call.get("num_frames"))[0]
+    if options.gain and not len(options.gain[0]) == len(options.gain[1]) == channels:
+        raise ValueError(f"gain: expected {channels} factors and offsets, one a channel.")
     shrunk = (height // options.scale, width // options.scale)
     solver = fresh_copy(pipe.scheduler)
     history_names(solver)  # raises before the work rather than after it
@@ -111,13 +116,14 @@ def full_size(run: Run) -> tuple[dict, Tensor, Tensor | None, Tensor | None]:
     shape = latent_shape(run.pipe, run.height, run.width, run.call.get("num_frames"))
     x = initial_noise(run.seeds, shape).to(run.pipe._execution_device)
     switch, stop, total = options.switch, options.full_steps, options.num_inference_steps
+    exact = switch - (options.target == "extrapolated")  # from here on no forecasts of a cache
 
     def look(sample, sigma, sigma_next, model_output):
         seen.append((sample, model_output))
         del seen[:-2]
 
     with timed(run, "full size"):
-        for first, end, cache in ((0, switch, run.cache), (switch, stop, None)) if run.cache else ((0, stop, None),):
+        for first, end, cache in ((0, exact, run.cache), (exact, stop, None)) if run.cache else ((0, stop, None),):
             if first < end:
                 segment = Segment(None, run.height, run.width, look, steps=(first, end, total))
                 with cached(run.pipe, cache):
@@ -179,8 +185,6 @@ def _small_image(options: PreviewOptions, image: Tensor) -> Tensor:
     if options.gain is None:
         return mean
     channelwise = (1, -1, *[1] * (mean.ndim - 2))
-    if len(options.gain[0]) != mean.shape[1] or len(options.gain[1]) != mean.shape[1]:
-        raise ValueError(f"gain: expected {mean.shape[1]} factors and offsets, one a channel.")
     factor, offset = (torch.tensor(values).to(mean).view(channelwise) for values in options.gain)
     return mean * factor + offset
 

@@ -139,6 +139,8 @@ def refine(
     if not checkpoints:
         raise ValueError("There are no checkpoints.")
     first = checkpoints[0]
+    if output_type not in ("pil", "latent"):
+        raise ValueError(f"output_type={output_type!r}: expected 'pil' or 'latent'.")
     if set(call) != set(first.missing):
         raise ValueError(f"The checkpoint needs {first.missing or 'no arguments'} again, but got {sorted(call)}.")
     require_cache(pipe, cache)
@@ -155,9 +157,10 @@ def refine(
         if first.next_step:
             restore(solver, checkpoints, pipe._execution_device)
         steps = (first.next_step, first.num_inference_steps, first.num_inference_steps)
-        segment = Segment(None, first.height, first.width, steps=steps)
-        with cached(pipe, cache):
-            latents = run_segment(pipe, latents, segment, scheduler=solver, **call)
+        if first.next_step < first.num_inference_steps:  # else the preview has walked the last step already
+            segment = Segment(None, first.height, first.width, steps=steps)
+            with cached(pipe, cache):
+                latents = run_segment(pipe, latents, segment, scheduler=solver, **call)
     if output_type == "latent":
         return latents
     images = to_pil(pipe, decode(pipe, latents))

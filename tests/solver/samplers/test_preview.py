@@ -3,7 +3,7 @@
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -28,7 +28,8 @@ from solver.samplers.preview.selection import block_mean, phases, random_selecti
 
 SIZE = 32
 STEPS = 6
-OPTIONS = PreviewOptions(num_inference_steps=STEPS, switch=2, guided_steps=2)
+PAPER = partial(PreviewOptions, method="subsample")
+OPTIONS = PAPER(num_inference_steps=STEPS, switch=2, guided_steps=2)
 FAMILIES = ["flux", "flux-kontext", "sd3", "sd35", "qwen-image", "wan", "hunyuan-video"]
 IMAGE = {"height": SIZE, "width": SIZE}
 
@@ -69,7 +70,7 @@ def counted(pipe):
 
 
 def with_options(**changes):
-    return PreviewOptions(**{"num_inference_steps": STEPS, "switch": 2, "guided_steps": 2, **changes})
+    return PAPER(**{"num_inference_steps": STEPS, "switch": 2, "guided_steps": 2, **changes})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,6 +87,29 @@ def test_preview_and_refinement_in_every_family(family, tmp_path):
     expected = full_run(pipe, call, [7])
     assert torch.equal(refine(pipe, again, output_type="latent"), expected)
     assert refine(pipe, again, output_type="latent").isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_inference_steps": 6, "switch": 5, "guided_steps": 0},
+        {"num_inference_steps": 1, "guided_steps": 0},
+        {"num_inference_steps": 2, "guided_steps": 0},
+        {"num_inference_steps": 6, "switch": 5, "guided_steps": 0, "method": "mean", "gain": ((1.0,) * 4, (0.0,) * 4)},
+    ],
+    ids=str,
+)
+def test_a_preview_that_walks_the_last_full_size_step(family, options):
+    """Then there is nothing left to refine, and the picture is that of the whole run."""
+    pipe, call = shared(family)
+    if "gain" in options and latent_shape(pipe, SIZE, SIZE, call.get("num_frames"))[0] != 4:
+        options = options | {"gain": ((1.0,) * 16, (0.0,) * 16)}
+    steps = options["num_inference_steps"]
+    shown = preview(pipe, None, 7, PAPER(**options), **IMAGE, **call)
+    assert shown.checkpoint.next_step == steps or options["num_inference_steps"] == 2
+    refined = refine(pipe, shown.checkpoint, output_type="latent")
+    assert torch.equal(refined, full_run(pipe, call, [7], steps=steps))
 
 
 def test_a_refined_picture_is_the_pipelines_own():
@@ -115,7 +139,7 @@ def test_a_refined_picture_is_the_pipelines_own():
 def test_network_calls(changes, full, small):
     """Golden: 11 full and 23 small at N = 30 with reuse, 11 + 28 with re-evaluation, 10 + 20 naive."""
     pipe, call = shared("flux")
-    options = PreviewOptions(**changes)
+    options = PAPER(**changes)
     with counted(pipe) as calls:
         report = preview(pipe, None, 7, options, **IMAGE, **call).report
     expected = {4 * 16**2: full, 4 * 8**2: small}
@@ -323,7 +347,7 @@ def test_feature_caches():
     """An interval of one step forecasts nothing: the same preview. A real one changes it, and is gone afterwards."""
     pipe, call = tiny("flux")
     model = denoiser(pipe)
-    options = PreviewOptions(num_inference_steps=12, switch=5, guided_steps=2)
+    options = PAPER(num_inference_steps=12, switch=5, guided_steps=2)
     plain = preview(pipe, None, 7, options, **IMAGE, **call)
     precise = {"disable_cache_before_step": 2, "taylor_factors_dtype": torch.float32}
     off = TaylorSeerCacheConfig(cache_interval=1, **precise)
@@ -347,12 +371,25 @@ def test_full_evaluations_at_the_switch_and_in_guided_steps():
     asked = Counter()
     block = pipe.transformer.transformer_blocks[0].ff
     block.register_forward_hook(lambda module, args, out: asked.update([args[0].shape[1]]))
-    options = PreviewOptions(num_inference_steps=12, switch=5, guided_steps=2)
+    options = PAPER(num_inference_steps=12, switch=5, guided_steps=2)
     config = TaylorSeerCacheConfig(cache_interval=100, disable_cache_before_step=2, use_lite_mode=True)
     preview(pipe, None, 7, options, cache=config, **IMAGE, **call)
     full_size = 3 + 1  # of steps 0 .. 4; step 5, the switch
     small = 4 + 2 + 3  # candidates, guided steps 6 and 7, and of steps 8 .. 11
     assert asked == {64: full_size, 16: small}
+
+
+@pytest.mark.parametrize("target, full_size", [("frozen", 3 + 1), ("extrapolated", 3 + 2)])
+def test_targets_are_made_of_full_evaluations(target, full_size):
+    """The extrapolated one is made of two steps, so the cache ends a step earlier."""
+    pipe, call = tiny("flux")
+    asked = Counter()
+    block = pipe.transformer.transformer_blocks[0].ff
+    block.register_forward_hook(lambda module, args, out: asked.update([args[0].shape[1]]))
+    options = PAPER(num_inference_steps=12, switch=7, guided_steps=2, target=target)
+    config = TaylorSeerCacheConfig(cache_interval=100, disable_cache_before_step=2, use_lite_mode=True)
+    preview(pipe, None, 7, options, cache=config, **IMAGE, **call)
+    assert asked[64] == full_size
 
 
 def test_the_extrapolated_target_follows_the_velocity():

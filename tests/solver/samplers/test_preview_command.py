@@ -35,7 +35,7 @@ def folder(model, tmp_path_factory):
 def test_a_proof_sheet_and_the_picked_picture(model, folder, tmp_path):
     facts = json.loads((folder / "previews.json").read_text())
     assert [one["seed"] for one in facts["candidates"]] == [7, 8, 9, 10, 11]
-    assert facts["candidates"][0]["network_calls"] == {"full": 3, "small": 4 + 3}
+    assert facts["candidates"][0]["network_calls"] == {"full": 3, "small": 4}
     with Image.open(folder / "sheet.png") as sheet, Image.open(folder / "3.png") as one:
         assert one.size == (SIZE // 2, SIZE // 2) and one.text["proofsheet:seed"] == "9"
         assert sheet.width > 4 * SIZE and sheet.height > 2 * SIZE  # four, and one below
@@ -49,6 +49,57 @@ def test_a_proof_sheet_and_the_picked_picture(model, folder, tmp_path):
     with Image.open(full) as refined:
         assert refined.tobytes() == pipe("a red ring", **call).images[0].tobytes()
         assert refined.text["proofsheet:seed"] == "9"
+    again = main(["remake", str(full), "--output", str(tmp_path / "again.png")])  # the whole run, from what it says
+    assert str(again).endswith("again.png: the same picture, bit for bit.")
+
+
+def test_what_the_files_say_of_previews(folder):
+    facts = json.loads((folder / "previews.json").read_text())
+    assert facts["options"]["method"] == "mean" and facts["options"]["kappa"] == 1 and facts["guidance_scale"] == 2
+    assert facts["versions"].keys() == {"torch", "diffusers"} and (facts["height"], facts["width"]) == (SIZE, SIZE)
+    with Image.open(folder / "3.png") as one:
+        said = {name.removeprefix("proofsheet:"): text for name, text in one.text.items()}
+    assert json.loads(said["options"]) == facts["options"] and said["guidance_scale"] == "2.0"
+    with pytest.raises(ValueError, match=r"one of `sample\.py preview`; `refine` makes its full picture"):
+        main(["remake", str(folder / "3.png")])
+
+
+def test_without_a_guidance_scale_it_is_that_of_the_other_commands(model, folder, tmp_path):
+    """The full picture of a preview is the one that `refine` makes of its prompt and seed."""
+    few = ["--steps", "6", "--switch", "2", "--guided_steps", "1"]
+    main(["preview", "--model", str(model), *ARGUMENTS, *few, "--output", str(tmp_path)])
+    picked = main(["refine", "--preview", str(tmp_path), "--output", str(tmp_path / "picked.png")])
+    alone = ["refine", "--model", str(model), *ARGUMENTS, "--steps", "6", "--output", str(tmp_path / "alone.png")]
+    with Image.open(picked) as one, Image.open(main(alone)) as other:
+        assert one.tobytes() == other.tobytes()
+        assert one.text["proofsheet:guidance_scale"] == other.text["proofsheet:guidance_scale"] == "3.0"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--negative_prompt", "dog", "--guidance_scale", "1"], "guidance_scale=1: a negative prompt needs more than"),
+        (["--negative_prompt", "dog", "--true_cfg_scale", "1"], "guidance_scale=1: a negative prompt needs more than"),
+        (["--guidance_scale", "3", "--true_cfg_scale", "5"], "the same of this model; give one of them"),
+        (["--alpha", "0.1", "--kappa", "1"], "--alpha, --kappa: the same strength in two units"),
+        (["--selection", "argmax"], "selection='argmax': only method='subsample' has a choice there"),
+        (["--family", "sd3"], "--family: only --explain has that"),
+        (["--explain", "--solver", "nowhere"], "--model, --prompt, --seed, --solver: --explain makes no picture"),
+    ],
+    ids=str,
+)
+def test_nothing_given_is_without_effect(model, tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        main(
+            [
+                "preview",
+                "--model",
+                str(model),
+                *ARGUMENTS,
+                *given,
+                *([] if "--explain" in given else ["--output", str(tmp_path)]),
+            ]
+        )
 
 
 def test_who_names_no_output_gets_the_next_one(model, tmp_path, monkeypatch):
@@ -74,6 +125,8 @@ def test_errors(model, folder, tmp_path):
         main(["refine", "--preview", str(folder), "--pick", "2", "--dtype", "bfloat16", *out])
     with pytest.raises(ValueError, match="--pick 2: --preview must be a folder"):
         main(["refine", "--preview", str(folder / "1.png"), "--pick", "2", *out])
+    with pytest.raises(OSError, match="--preview nowhere: there is no such file or folder"):
+        main(["refine", "--preview", "nowhere", "--pick", "1", *out])
     with pytest.raises(ValueError, match=r"sheet\.png: which preview is meant"):
         main(["refine", "--preview", str(folder / "sheet.png"), *out])
     far = shutil.copytree(folder, tmp_path / "far")

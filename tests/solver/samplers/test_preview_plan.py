@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from solver.samplers.preview.selection import (
     split,
     subsample,
 )
+
+PAPER = partial(PreviewOptions, method="subsample")
 
 
 def noise(*shape, seed=0):
@@ -128,10 +131,12 @@ def test_kappa_one_takes_the_step_with_the_target():
 
 def test_strengths():
     sigmas = torch.tensor([0.9, 0.8, 0.65, 0.4, 0.0])
-    options = PreviewOptions(num_inference_steps=8, switch=4, guided_steps=2)
+    options = PAPER(num_inference_steps=8, switch=4, guided_steps=2)
     assert options.step_strengths(sigmas) == pytest.approx([0, 0.3, 0.5, 0], abs=1e-6)  # κ = 2
-    at = PreviewOptions(num_inference_steps=8, switch=4, guided_steps=2, guide_at_switch=True, alpha=0.04)
+    at = PAPER(num_inference_steps=8, switch=4, guided_steps=2, guide_at_switch=True, alpha=0.04)
     assert at.step_strengths(sigmas) == [0.04, 0.04, 0.0, 0.0]
+    fading = PAPER(num_inference_steps=8, switch=4, guided_steps=2, guide_at_switch=True, alpha=0.04, fading=True)
+    assert fading.step_strengths(sigmas) == [0.04, 0.02, 0.0, 0.0]
     grid, alphas = reevaluated(torch.tensor([0.5, 0.25, 0.0]), [0.0, 0.1], corrections=2)
     assert grid == [0.5, 0.25, 0.25, 0.25, 0.0] and alphas == [0.0, 0.1, 0.1, 0.0]
 
@@ -139,15 +144,20 @@ def test_strengths():
 def test_small_grids():
     full = torch.linspace(1, 0, 31)
     native = full**2
-    same = PreviewOptions().small_sigmas(full, native)
+    same = PAPER().small_sigmas(full, native)
     assert torch.equal(same, full[10:])
-    mean = PreviewOptions(method="mean").small_sigmas(full, native)
+    mean = PreviewOptions().small_sigmas(full, native)
     torch.testing.assert_close(mean, full[10:] / (2 - full[10:]))
-    few = PreviewOptions(small_steps=5, guided_steps=4).small_sigmas(full, native)
+    remapped = PAPER(grid="remapped").small_sigmas(full, native)  # the mean's, from where it has the noise of step 10
+    begin = float(full[10] / (1 + full[10]) * 2)
+    assert remapped[0] == full[10] and remapped[-1] == 0 and (remapped.diff() < 0).all() and len(remapped) == 21
+    middle = torch.linspace(30 * (1 - begin), 30, 21)[10] / 30
+    assert remapped[10] == pytest.approx(float((1 - middle) / (1 + middle)), abs=1e-3)
+    few = PAPER(small_steps=5, guided_steps=4).small_sigmas(full, native)
     guided = {steps: PreviewOptions(small_steps=steps).guided_steps for steps in (1, 4, 5, 8, 20, 40)}
     assert guided == {1: 0, 4: 1, 5: 1, 8: 2, 20: 5, 40: 10}  # a quarter, as 5 of 20
     torch.testing.assert_close(few, full[10::4])
-    own = PreviewOptions(grid="native").small_sigmas(full, native)
+    own = PAPER(grid="native").small_sigmas(full, native)
     assert own[0] == full[10] and own[-1] == 0 and (own.diff() < 0).all() and len(own) == 21
     # Equal distances in the step number: on the grid n², from the number where it is 2/3, up to interpolation.
     begin = 30 * (1 - math.sqrt(2 / 3))
@@ -186,7 +196,14 @@ def test_defaults_are_the_papers_shares_of_the_run(steps, switch, guided):
         ({"kappa": -1.0}, "kappa=-1.0: expected a finite strength of at least 0"),
         ({"kappa": math.nan}, "kappa=nan: expected a finite strength"),
         ({"alpha": math.inf}, "alpha=inf, .*: expected a finite strength"),
-        ({"gain": ((1.0,), (0.0,))}, "only method='mean' has one"),
+        ({"method": "subsample", "gain": ((1.0,), (0.0,))}, "only method='mean' has one"),
+        ({"method": "mean", "selection": "argmax"}, "selection='argmax': only method='subsample' has a choice there"),
+        ({"unit": "tokens", "candidates": "phases"}, "candidates='phases', unit='tokens': only method='subsample'"),
+        ({"grid": "remapped"}, "grid='remapped': only method='subsample' has a choice there"),
+        ({"small_steps": 2.5}, "small_steps=2.5: expected a whole number"),
+        ({"small_steps": True}, "small_steps=True: expected a whole number"),
+        ({"kappa": "2"}, "kappa='2': expected a number"),
+        ({"switch": None}, "switch=None: expected a number"),
         ({"target": "extrapolated", "switch": 0}, "needs the velocities of two steps"),
         ({"scale": 1}, "scale=1: expected 2 or more"),
         ({"num_inference_steps": 0, "switch": 0}, "num_inference_steps=0: expected at least 1"),
@@ -201,9 +218,9 @@ def test_bad_options(changes, message):
 @pytest.mark.parametrize(
     "options, tflops, gain",
     [
-        (PreviewOptions(), 1312, 1.70),
-        (PreviewOptions(reevaluate=True), 1419, 1.57),
-        (PreviewOptions(selection="nearest", guided_steps=0), 1173, 1.90),
+        (PAPER(), 1312, 1.70),
+        (PAPER(reevaluate=True), 1419, 1.57),
+        (PAPER(selection="nearest", guided_steps=0), 1173, 1.90),
         (PreviewOptions(method="mean", switch=0, guided_steps=0), 644, 3.46),
     ],
     ids=["selection", "reevaluated", "naive", "direct"],
@@ -227,14 +244,14 @@ def test_the_published_grids():
     lowest = 3 * 0.001 / (1 + 2 * 0.001)
     t = 1 - 10 / 29 * (1 - lowest)
     for family, sigma in (("flux", 0.863), ("sd3.5-large", 3 * t / (1 + 2 * t))):
-        candidates = explain(family, 1024, 1024)["phases"][1]
+        candidates = explain(family, 1024, 1024, options=PAPER())["phases"][1]
         assert candidates["name"] == "candidates" and candidates["sigmas"][0] == pytest.approx(sigma, abs=5e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_explains_itself(family):
-    options = PreviewOptions(reevaluate=True, guide_at_switch=True)
-    for chosen in (PreviewOptions(), options, PreviewOptions(method="mean", small_steps=6)):
+    options = PAPER(reevaluate=True, guide_at_switch=True)
+    for chosen in (PAPER(), options, PreviewOptions(), PreviewOptions(small_steps=6)):
         report = explain(family, 512, 768, options=chosen)
         calls = sum(phase["network_calls"] for phase in report["phases"][:-1])
         assert calls == chosen.full_steps + chosen.small_evaluations
@@ -260,7 +277,7 @@ def test_explain_counts_branches_and_candidates(capsys):
     assert tflops("--family", "sd3", "--guidance_scale", "1")["full"] == sd3["full"] / 2
     assert tflops("--candidates", "8") == {**flux, "sheet": 8 * flux["preview"]}
     main(["preview", "--explain", "--candidates", "8"])
-    assert f"all previews: {8 * flux['preview']:.0f} TFLOPs, 4.71 full pictures" in capsys.readouterr().out
+    assert f"all previews: {8 * flux['preview']:.0f} TFLOPs, 4.48 full pictures" in capsys.readouterr().out
 
 
 def test_explain_on_the_command_line(capsys):
