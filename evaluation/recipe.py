@@ -164,7 +164,7 @@ def check(pipe: DiffusionPipeline, recipe: Recipe) -> None:
 
 
 def options(recipe: Recipe) -> PreviewOptions:
-    """The half-size preview of a recipe: the paper's setting, scaled to its steps."""
+    """The half-size preview of a recipe: the usual one, scaled to its steps."""
     switch = round(SWITCH * recipe.full_steps)
     small = None if recipe.method == "half" else recipe.steps
     guided = GUIDED if round(GUIDED * recipe.full_steps) else 0  # too few to guide any

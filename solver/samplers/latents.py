@@ -30,6 +30,7 @@ from solver.samplers.cost import LARGEST_SIDE
 
 IMAGE_VAES = (AutoencoderKL, AutoencoderTiny, AutoencoderKLQwenImage)
 VIDEO_VAES = (AutoencoderKLWan, AutoencoderKLHunyuanVideo)
+BESIDE = 0x5E1EC700  # flips bits of a picture's seed, so that what is drawn beside its noise does not repeat it
 
 
 def is_video(pipe: DiffusionPipeline) -> bool:
@@ -157,6 +158,14 @@ def seeded(seed: int) -> torch.Generator:
     if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed={seed!r}: expected a whole number of 64 bits.")
     return torch.Generator().manual_seed(int(seed))
+
+
+def generator_beside(seed: int, stream: int = 0) -> torch.Generator:
+    """Random numbers that belong to a picture, and are not those of its noise.
+
+    The CPU generator reads the low 32 bits of a seed only: streams that differ above them are the same.
+    """
+    return torch.Generator().manual_seed((seed ^ (BESIDE + stream)) & 0xFFFFFFFF)
 
 
 def pack(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from benchmarks.quality import pooled_latents, preview, ralu
 from benchmarks.quality.command import REWARDS
@@ -14,6 +15,11 @@ from evaluation.rendering import load_pipeline
 from solver import ConsistencySolverScheduler
 from solver.prompt_embeddings import PromptEmbeddings
 from solver.samplers.calls import guidance
+from solver.samplers.cost import evaluation_flops
+from solver.samplers.latents import decode, latent_shape
+from solver.samplers.ralu.plan import as_schedule
+from solver.samplers.ralu.schedule import Schedule
+from tests.flops import flop_counter
 
 BRANCHES = 2  # prompt and empty prompt
 FULL, SMALL = 64, 16  # tokens of 64 and of 32 pixels
@@ -140,8 +146,14 @@ def test_ralu(arguments, tmp_path):
     # each stage of the loss against the next
     assert rows["plain, 18 steps"]["calls"] == rows["4x, all in full"]["calls"] == calls((FULL, 18))
     assert rows["4x, only the first small"]["calls"] == calls((SMALL, 5), (FULL, 13))
-    chain = ["plain, 18 steps", "4x, all in full", "4x, only the first small", "RALU 4x"]
-    assert [rows[name]["against"] for name in chain[:-1]] == chain[1:]
+    for steps, preset in ((18, "4x"), (10, "7x")):
+        chain = [
+            f"plain, {steps} steps",
+            f"{preset}, all in full",
+            f"{preset}, only the first small",
+            f"RALU {preset}",
+        ]
+        assert [rows[name]["against"] for name in chain[:-1]] == chain[1:]
     step = rows["full run"]["gflops"] / 6
     for preset in ("4x", "7x"):
         mine = rows[f"RALU {preset}"]
@@ -151,6 +163,51 @@ def test_ralu(arguments, tmp_path):
             assert rival["differences"].keys() == rival["metrics"].keys()
     r = rows["r = 0.5"]["calls"]
     assert r == calls((SMALL, 5), (SMALL + 24, 6), (FULL, 7))
+    (decoding,) = {entry["small_decoding_in_full_steps"] for entry in report["schedules"].values()}
+    assert (tmp_path / "table.md").read_text().count(f"| {decoding:.2f} |\n") == 3
+
+
+@pytest.fixture
+def painter(flux):
+    """Of FLUX's real shift at 1024 px."""
+    pipe = load_pipeline(flux, "float32", "cpu")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.158)
+    return ralu.Painter(pipe, 64)
+
+
+def test_every_ablation_of_ralu_changes_something(painter):
+    """No row repeats the one that it is compared with, nor another; distances and Z are those in their names."""
+    schedules = {preset: as_schedule(preset, shift=painter.shift) for preset in ralu.SHOWN}
+    rows = {row.name: row for row in ralu.rows_of(painter, 30, schedules, ablations=True)}
+    facts = [json.dumps(row.facts, sort_keys=True) for row in rows.values() if row.facts["function"] == "ralu"]
+    assert len(set(facts)) == len(facts) == 3 + len(ralu.ABLATIONS) + len(ralu.RATIOS) + len(ralu.DISTANCES) + 5
+    solved = {name: Schedule(**row.facts["preset"]) for name, row in rows.items() if "preset" in row.facts}
+    mine, best = solved["RALU 4x"], solved["best match, whatever Z"]
+    assert best.js_distance < 0.0162 < mine.js_distance and best.Z > mine.Z
+    for distance in ralu.DISTANCES:
+        assert solved[f"smallest Z at JS {distance}"].js_distance == pytest.approx(distance, abs=2e-4)
+    assert 2 < solved["smallest Z at JS 0.04"].Z < solved["smallest Z at JS 0.026"].Z < mine.Z
+    least, unscaled = rows["Z = 2"], rows["Z = 2, noise not scaled"]
+    assert solved[least.name] == solved[unscaled.name] and solved[least.name].c == 0.25
+    assert least.against == "RALU 4x" and unscaled.against == "Z = 2"
+    assert not unscaled.facts["choices"]["scaled_noise"]
+
+
+def test_ablations_that_come_out_alike_are_one_row(painter):
+    """At a shift of 1.65 no Z comes as close as 0.026 or 0.032: both would be the best match."""
+    schedules = {preset: as_schedule(preset, shift=1.6487) for preset in ralu.SHOWN}
+    names = [row.name for row in ralu.rows_of(painter, 30, schedules, ablations=True)]
+    assert "best match, whatever Z" in names and "smallest Z at JS 0.04" in names
+    assert not {"smallest Z at JS 0.026", "smallest Z at JS 0.032"} & {*names}
+
+
+def test_flops_of_decoding_for_edges(painter):
+    """Of a quarter of the pixels; guided, a step is one of two branches."""
+    with flop_counter() as counter:
+        decode(painter.pipe, torch.zeros(1, *latent_shape(painter.pipe, 32, 32)))
+    step = evaluation_flops(painter.network, FULL)
+    assert painter.small_decoding_steps(1.0) == counter.get_total_flops() / step
+    assert painter.small_decoding_steps(4.0) == painter.small_decoding_steps(1.0) / 2
 
 
 def test_ledger_answers_once_and_counts_twice(flux):

@@ -38,7 +38,7 @@ def test_the_workflow_is_measured(models, tmp_path, capsys):
 def test_half_size_previews_are_finished_for_what_is_left(models, tmp_path):
     (row,) = main([*words(models, tmp_path, "flux"), "--methods=half"])
     begun = options(Recipe("x", 0, "half", 3, 6)).full_steps
-    assert row["evaluations_per_picture"] == {"preview": begun + 7, "full": 6, "refine": 6 - begun}
+    assert row["evaluations_per_picture"] == {"preview": begun + 4, "full": 6, "refine": 6 - begun}
 
 
 def test_the_table_says_what_never_comes():

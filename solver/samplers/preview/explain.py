@@ -57,7 +57,7 @@ def explain(
         family: a key of `FAMILIES`.
         height, width: of the full-size picture, in pixels; a usual size where they are None.
         num_frames: of a video; likewise.
-        options: the paper's setting by default.
+        options: those of `PreviewOptions()` by default.
         candidates: how many previews.
         branches: of guidance, evaluations a step; the family's usual number where it is None.
 

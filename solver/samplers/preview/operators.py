@@ -24,12 +24,12 @@ from PIL import Image
 from torch import Tensor
 
 from solver.samplers.cascade import Segment, encoded_once, run_segment
-from solver.samplers.latents import decode, vae_factor
+from solver.samplers.latents import decode, generator_beside, vae_factor
 from solver.samplers.preview.guidance import Guidance
 from solver.samplers.preview.options import PreviewOptions
 from solver.samplers.preview.phases import begin_run, full_size
 from solver.samplers.preview.sampler import to_pil
-from solver.samplers.preview.selection import generator_beside, split
+from solver.samplers.preview.selection import split
 
 
 class Transformed(NamedTuple):

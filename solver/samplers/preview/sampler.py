@@ -64,7 +64,7 @@ def preview(
         prompt: one, or one a picture; None where `call` has embeddings instead.
         seed: one, or one a picture. A full-size run of the pipeline starts from
             `pack(pipe, initial_noise([seed], shape))`.
-        options: the paper's setting by default.
+        options: those of `PreviewOptions()` by default.
         height, width: of the full-size picture, in pixels; the pipeline's own where they are None.
         stepper: solver of the small steps, a `FlowMatchEulerDiscreteScheduler` or a `ConsistencySolverScheduler`; by
             default the pipeline's own where it is one of these, else Euler. It starts without history at the switch.

@@ -15,15 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SELECTION_STREAM = 0x5E1EC700  # flips bits of a picture's seed, so that its operators do not repeat its noise
-
-
-def generator_beside(seed: int, stream: int = 0) -> torch.Generator:
-    """Random numbers that belong to a picture, and are not those of its noise.
-
-    The CPU generator reads the low 32 bits of a seed only: streams that differ above them are the same.
-    """
-    return torch.Generator().manual_seed((seed ^ (SELECTION_STREAM + stream)) & 0xFFFFFFFF)
+from solver.samplers.latents import generator_beside
 
 
 def phases(batch_size: int, height: int, width: int, scale: int) -> Tensor:

@@ -34,6 +34,7 @@ from solver.samplers.latents import (
     decode,
     default_size,
     denoiser,
+    generator_beside,
     latent_shape,
     patch_size,
     seeded,
@@ -257,7 +258,8 @@ def fine_cells(run: Run, x0_BChw: Tensor, ratio: float, choices: Choices) -> Ten
         scores = sobel_scores(x0_BChw)
     else:
         cells = (x0_BChw.shape[-2] // 2, x0_BChw.shape[-1] // 2)
-        scores = torch.stack([torch.rand(cells, generator=generator) for generator in run.generators])
+        beside = [generator_beside(generator.initial_seed()) for generator in run.generators]  # the noise stays
+        scores = torch.stack([torch.rand(cells, generator=generator) for generator in beside])
     return select(scores.to(x0_BChw.device), ratio)
 
 

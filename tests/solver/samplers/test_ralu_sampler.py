@@ -17,7 +17,7 @@ from solver.samplers.ralu.mixed_resolution import require_mixable
 from solver.samplers.ralu.noise import siblings, white_noise
 from solver.samplers.ralu.plan import stage_tokens
 from solver.samplers.ralu.prompts import encoded
-from solver.samplers.ralu.sampler import PUBLISHED, Choices, _full_at_last, prepare, ralu
+from solver.samplers.ralu.sampler import PUBLISHED, Choices, _full_at_last, fine_cells, prepare, ralu
 from solver.samplers.ralu.schedule import Schedule, scheduler_shift, solve
 from tests.flops import flop_counter
 from tests.tiny_pipelines import SIZE, WORDS, tiny_pipeline
@@ -68,6 +68,22 @@ def test_noise_between_stages_is_the_seeds_own():
     first, second = (white_noise(prepared.generators, prepared.shape) for _ in range(2))
     assert torch.equal(first[0], torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(7)))
     assert not torch.equal(first, second)
+
+
+def test_random_cells_are_drawn_beside_the_noise():
+    """Each picture's own, the same again, and the noise that comes later is that of a run with edges."""
+    pipe, call = tiny("flux", batch_size=2)
+    drawn = {}
+    for edges in ("random", "canny"):
+        prepared = prepare(pipe, None, [3, 4], SIZE, SIZE, call)
+        small = white_noise(prepared.generators, prepared.shape)[..., ::2, ::2]
+        cells = fine_cells(prepared, small, 0.3, Choices(edges=edges))
+        drawn[edges] = cells, white_noise(prepared.generators, prepared.shape)
+    assert torch.equal(drawn["random"][1], drawn["canny"][1])
+    cells = drawn["random"][0]
+    assert not torch.equal(cells[0], cells[1])
+    alone = prepare(pipe, None, 4, SIZE, SIZE, rows(call, slice(1, 2)))
+    assert torch.equal(fine_cells(alone, small[1:], 0.3, Choices(edges="random"))[0], cells[1])
 
 
 def test_edges_are_those_of_the_predicted_picture():
