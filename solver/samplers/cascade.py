@@ -211,7 +211,7 @@ class SegmentScheduler:
             raise ValueError(
                 f"{type(scheduler).__name__} evaluates the network {scheduler.order} times a step; segments need one."
             )
-        self._done = 0
+        self._done, self._walked = 0, []
         self._first, self._stop, self._of = _piece(segment)
 
     def __getattr__(self, name: str):
@@ -258,7 +258,9 @@ class SegmentScheduler:
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True):
         """The solver's step, after `on_step`."""
         if self._segment.on_step is not None:
-            sigma, sigma_next = self.sigmas[self._done : self._done + 2].tolist()
+            if self._done == 0:
+                self._walked = self.sigmas.tolist()  # once: a GPU would be waited for
+            sigma, sigma_next = self._walked[self._done : self._done + 2]
             changed = self._segment.on_step(self._to_grid(sample), sigma, sigma_next, self._to_grid(model_output))
             if changed is not None:
                 sample, model_output = (
