@@ -6,16 +6,25 @@
 With these s both are dy = f ds, so HiFlow's rules, written for flow models, hold for SD and SDXL as they stand.
 """
 
+import inspect
 import math
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    TCDScheduler,
+)
 from torch import Tensor
 
 from solver.samplers.cascade import fresh_copy, is_flow, require_deterministic
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler
 
 PREDICTIONS = ("flow", "epsilon", "v_prediction")
+OTHER_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")  # switches
 
 
 def prediction_type(scheduler: SchedulerMixin) -> str:
@@ -81,7 +90,8 @@ def stage_solver(pipe: DiffusionPipeline, scheduler: SchedulerMixin | None = Non
         scheduler: instead of the pipeline's.
 
     Raises:
-        ValueError: the given scheduler is another one, or of another kind of model, or the scheduler draws noise.
+        ValueError: the given scheduler is another one, or of another kind of model, or the scheduler draws noise, or
+            the pipeline's has a grid that DDIM does not have.
     """
     given = pipe.scheduler if scheduler is None else scheduler
     if (kind := prediction_type(given)) != (own := prediction_type(pipe.scheduler)):
@@ -97,11 +107,25 @@ def stage_solver(pipe: DiffusionPipeline, scheduler: SchedulerMixin | None = Non
             f"scheduler={type(scheduler).__name__}: HiFlow's stages are walked by {plain.__name__} or "
             "ConsistencySolverScheduler."
         )
+    if kind != "flow":
+        _check_grid_of_ddim(given)
     return first_order(given)
 
 
+def _check_grid_of_ddim(scheduler: SchedulerMixin) -> None:
+    """Raises ValueError where the points of a scheduler of an ε- or v-model are not those of evenly spaced times."""
+    takes = inspect.signature(type(scheduler).__init__).parameters  # a configuration also keeps what others said
+    grids = [name for name in OTHER_GRIDS if name in takes and scheduler.config.get(name)]
+    if grids or isinstance(scheduler, LCMScheduler | TCDScheduler):
+        raise ValueError(
+            f"{type(scheduler).__name__}{f' with {grids[0]}' if grids else ''} walks a grid of its own, and HiFlow's "
+            "stages are walked by DDIM on evenly spaced times: if those are what is meant, say so with "
+            "scheduler=DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)."
+        )
+
+
 def first_order(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """Euler of flow models or DDIM, with the scheduler's noise schedule, and its grid where it was said.
+    """Euler of flow models or DDIM, with the scheduler's noise schedule and its spacing or shift of times.
 
     DDIM clips x_0 to [-1, 1] by default; latents are larger, and only a scheduler that says so itself means them.
     """
