@@ -1,6 +1,7 @@
 """What HiFlow is given: whether it fits the pipeline, and the pipeline's arguments for every picture."""
 
 import inspect
+import math
 
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from PIL.Image import Image
@@ -17,6 +18,7 @@ OURS = (
     *("generator", "num_images_per_prompt", "output_type", "return_dict", "denoising_start", "denoising_end"),
 )  # arguments of a pipeline that are said in another way here
 FEW_STEPS = 4  # of FLUX schnell
+UNET_MULTIPLE = 8  # pixels, of which the stock pipelines of UNets take multiples, whatever their autoencoder
 # One a picture, or one for all.
 TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
@@ -31,6 +33,12 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
             f"{type(pipe).__name__} does not begin with noise that it is given; take the text-to-image pipeline of "
             "the same model, and image= for a picture to enlarge."
         )
+
+
+def size_multiple(pipe: DiffusionPipeline) -> int:
+    """In pixels, of which heights and widths have to be multiples: a token, and what the stock pipeline asks for."""
+    token = vae_factor(pipe) * patch_size(pipe)
+    return math.lcm(token, UNET_MULTIPLE) if pipe.components.get("unet") is not None else token
 
 
 def native_size(pipe: DiffusionPipeline) -> tuple[int, int] | None:

@@ -43,6 +43,33 @@ def encode(pipe: DiffusionPipeline, images_BCHW: Tensor) -> Tensor:
 
 
 @contextmanager
+def encoded_as_modes(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Inside, whoever samples what the autoencoder encodes gets the mode of the posterior, as `encode` does.
+
+    Pipelines sample a control image: SD3's from the global generator, FLUX's from that of the picture, whose first
+    numbers are the noise that the picture begins with.
+    """
+    vae, own = pipe.vae, vars(pipe.vae).get("encode")
+    encode_ = vae.encode
+
+    def encode_mode(*args, **kwargs):
+        encoded = encode_(*args, **kwargs)
+        posterior = getattr(encoded, "latent_dist", None)
+        if posterior is not None:
+            posterior.sample = lambda generator=None: posterior.mode()
+        return encoded
+
+    vae.encode = encode_mode
+    try:
+        yield
+    finally:
+        if own is None:
+            del vae.encode
+        else:  # somebody's own stands in for the class's
+            vae.encode = own
+
+
+@contextmanager
 def tiled_where_needed(pipe: DiffusionPipeline, height: int, width: int) -> Iterator[None]:
     """Inside, the autoencoder works in tiles if the picture is larger than 1536². It never depends on free memory, so
     that a picture is the same on every machine. Tiling that was on stays on.

@@ -18,10 +18,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from PIL.Image import Image
 from torch import Tensor
 
+from solver.samplers.caches import require_cache
 from solver.samplers.calls import guidance
 from solver.samplers.cascade import Segment, encoded_once, run_segment, set_grid, sigma_grid
 from solver.samplers.hiflow import model_patches
@@ -39,6 +40,7 @@ from solver.samplers.hiflow.inputs import (
     is_distilled_to_few_steps,
     native_size,
     picture_call,
+    size_multiple,
 )
 from solver.samplers.hiflow.memory import check_memory
 from solver.samplers.hiflow.noise import (
@@ -51,7 +53,7 @@ from solver.samplers.hiflow.noise import (
     prediction_type,
     stage_solver,
 )
-from solver.samplers.hiflow.pixels import encode, tiled_where_needed
+from solver.samplers.hiflow.pixels import encode, encoded_as_modes, tiled_where_needed
 from solver.samplers.hiflow.plan import (
     Recipe,
     Size,
@@ -128,7 +130,8 @@ def hiflow(
         alignment: "full", or less of it, to see what it does: "none" (the last size alone, from noise), "init",
             "init+direction".
         scheduler: the solver of all stages: FlowMatchEulerDiscreteScheduler, DDIMScheduler or a learned
-            ConsistencySolverScheduler. By default the pipeline's own, or the first two in its configuration.
+            ConsistencySolverScheduler, with its own shift. By default the pipeline's own, or the first two in its
+            configuration.
         call: further arguments of the pipeline: embeddings, a negative prompt, a control image (which is resized for
             each stage), Kontext's image to edit.
         ignore_memory: go on where the estimate says that it cannot fit.
@@ -138,9 +141,11 @@ def hiflow(
 
     Raises:
         ValueError: anything that does not fit together, said before the first step: sizes, steps, strengths, numbers
-            of prompts and seeds, arguments in `call` that are said otherwise here, more memory than there is.
+            of prompts and seeds, arguments in `call` that are said otherwise here, a scheduler that cannot walk the
+            stages, a feature cache that is on, more memory than there is.
     """
     check_pipeline(pipe)
+    require_cache(pipe, None)
     recipe = as_recipe(preset)
     if isinstance(preset, str) and is_distilled_to_few_steps(pipe):
         recipe = with_steps(recipe, FEW_STEPS)
@@ -148,7 +153,7 @@ def hiflow(
     stages = plan_stages(
         sizes,
         recipe,
-        multiple=vae_factor(pipe) * patch_size(pipe),
+        multiple=size_multiple(pipe),
         guidance_scale=guidance_scale,
         alignment=alignment,
         distilled_guidance=bool(denoiser(pipe).config.get("guidance_embeds")),
@@ -175,7 +180,7 @@ def hiflow(
     if not ignore_memory:
         check_memory(pipe, rendered[len(smaller.stages) if smaller else 0 :], len(seeds), call)
 
-    with encoded_once(pipe):
+    with encoded_once(pipe), encoded_as_modes(pipe):
         run = _Run(pipe, recipe, base, scheduler, call, seeds)
         return _cascade(run, rendered, start, smaller)._replace(made_by=made_by)
 
@@ -217,8 +222,9 @@ class _Run:
     Attributes:
         base: the size whose shift and positions all stages keep.
         kind: what the model predicts.
-        grid: of a flow model's base run, before a learned solver moves it. No stage shifts it again for its own size:
-            at 4096² FLUX's shift would leave next to nothing but noise until the last step.
+        grid: of a flow model's base run, before a learned solver moves it: a given Euler's, else the pipeline's. No
+            stage shifts it again for its own size: at 4096² FLUX's shift would leave next to nothing but noise until
+            the last step.
         levels: the noise levels that the solver walks, (N+1,).
     """
 
@@ -229,7 +235,8 @@ class _Run:
         self.kind, self.grid = prediction_type(solver), None
         check_rule(recipe.acceleration, self.kind)
         if self.kind == "flow":
-            plain = first_order(pipe.scheduler)
+            own = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+            plain = first_order(scheduler if own else pipe.scheduler)
             self.grid = sigma_grid(pipe, recipe.steps, *base, scheduler=plain, **self._call(*base))
             set_grid(solver, self.grid)
             self.levels = solver.sigmas.tolist()
@@ -318,12 +325,11 @@ class _Run:
         if guidance_scale is not None:
             given = any(call.get(f"negative_prompt{end}") is not None for end in ("", "_embeds"))
             call |= guidance(self.pipe, guidance_scale, () if given else [""] * len(self.seeds))
-        # For what a pipeline draws by itself, such as the latents of a control image.
-        call["generator"] = [seeded(seed) for seed in self.seeds]
-        if self.pipe.components.get("controlnet") is not None:
-            for name in ("control_image", "image"):
-                if name in call:
-                    call[name] = resized(call[name], height, width)
+        call["generator"] = [seeded(seed) for seed in self.seeds]  # for whatever a pipeline draws by itself
+        # An `image` is a control image only beside a ControlNet: Kontext edits one.
+        for name in ("control_image", *(("image",) if self.pipe.components.get("controlnet") is not None else ())):
+            if name in call:
+                call[name] = resized(call[name], height, width)
         return call
 
 

@@ -10,7 +10,9 @@ from diffusers import (
     ControlNetModel,
     FluxControlNetModel,
     FluxControlNetPipeline,
+    FluxControlPipeline,
     FluxMultiControlNetModel,
+    FluxTransformer2DModel,
     MultiControlNetModel,
     SD3ControlNetModel,
     SD3MultiControlNetModel,
@@ -19,13 +21,15 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
 )
-from hiflow_cases import CODE, N, prepared
+from hiflow_cases import CODE, K, N, prepared
 from PIL import Image
 from torch import nn
 
 from solver.samplers.hiflow import hiflow
 from solver.samplers.hiflow.controls import control_of_stage
+from solver.samplers.hiflow.pixels import encode
 from solver.samplers.hiflow.plan import plan_stages
+from solver.samplers.latents import pack
 
 
 def sd_control():
@@ -131,6 +135,90 @@ def test_where_control_begins_and_ends_counts_the_whole_grid():
         "control_guidance_end": [pytest.approx(0.4), 1.0],
     }
     assert control_of_stage({}, stage) == {}
+    assert control_of_stage({"control_guidance_end": 0.5}, stage) == {
+        "control_guidance_start": 0.0,
+        "control_guidance_end": 1.0,
+        "controlnet_conditioning_scale": 0.0,
+    }
+    call = {"control_guidance_end": [0.5, 0.8], "controlnet_conditioning_scale": [1.0, 0.7]}
+    assert control_of_stage(call, stage) == {
+        "control_guidance_start": [0.0, 0.0],
+        "control_guidance_end": [1.0, pytest.approx(0.4)],
+        "controlnet_conditioning_scale": [0.0, 0.7],
+    }
+
+
+CONTROL = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def scales_seen(pipe):
+    """What the ControlNet's answer is multiplied by, evaluation by evaluation."""
+    scales = []
+    pipe.controlnet.register_forward_pre_hook(
+        lambda _, args, given: scales.append(given["conditioning_scale"]), with_kwargs=True
+    )
+    return scales
+
+
+@pytest.mark.parametrize("make", [sd_control, sdxl_control, sd3_control, flux_control])
+@pytest.mark.parametrize("span", [{"control_guidance_end": 0.3}, {"control_guidance_start": 0.1}])
+def test_control_that_ends_in_the_base_is_silent_afterwards(make, span):
+    pipe, call, argument, _ = make()
+    scales = scales_seen(with_weights(pipe))
+    span = {"control_guidance_end": 0.35, **span}
+    result = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: CONTROL, **span})
+    assert result.images[-1].isfinite().all()
+    first = 0.0 if "control_guidance_start" in span else 1.0
+    assert scales == [first] + [0.0] * (N - 1 + K)
+
+
+@pytest.mark.parametrize(
+    ("make", "several"), [(sd_control, MultiControlNetModel), (flux_control, FluxMultiControlNetModel)]
+)
+def test_one_of_several_controls_ends_in_the_base(make, several):
+    pipe, call, argument, _ = make()
+    with_weights(pipe).register_modules(controlnet=several([pipe.controlnet] * 2))
+    scales = scales_seen(pipe)
+    call |= {"controlnet_conditioning_scale": [1.0, 0.5], "control_guidance_end": [0.3, 1.0]}
+    hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: [CONTROL] * 2})
+    assert scales == [[1.0, 0.5]] + [[0.0, 0.5]] * (N - 1 + K)
+
+
+@pytest.mark.parametrize("make", [sd3_control, flux_control])
+def test_control_images_are_encoded_without_noise(make):
+    """SD3's pipeline draws from the global generator, FLUX's from the one that drew the picture's own noise."""
+    pipe, call, argument, condition = make()
+    with_weights(pipe)
+    seen = []
+    pipe.controlnet.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given[condition][-1:]), with_kwargs=True
+    )
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.random.get_rng_state()
+        made.append(hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, argument: CONTROL}))
+        assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(made[0].images[-1], made[1].images[-1])
+    assert "encode" not in vars(pipe.vae)
+    if make is flux_control:  # whose pipeline maps the picture to [-1, 1] only if it is PIL
+        torch.testing.assert_close(seen[0], pack(pipe, encode(pipe, (CONTROL + 1) / 2)))
+
+
+def test_a_control_image_beside_the_latents_follows_the_stages():
+    """FLUX.1 Canny and Depth have no ControlNet: the transformer sees the control image as further channels."""
+    pipe, call = prepared("flux")
+    known = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(**{**known, "in_channels": 32, "out_channels": 16})
+    parts = {k: v for k, v in pipe.components.items() if k not in ("image_encoder", "feature_extractor")}
+    pipe = FluxControlPipeline(**{**parts, "transformer": transformer})
+    pipe.set_progress_bar_config(disable=True)
+    made = [
+        hiflow(pipe, None, 1, (32, 64), CODE, call={**call, "control_image": control}).images[-1]
+        for control in (CONTROL, 1 - CONTROL)
+    ]
+    assert made[0].shape[-1] == 64 and not torch.allclose(*made, atol=1e-4)
 
 
 def test_control_pictures_in_pixels_keep_up_with_moved_patches():

@@ -6,9 +6,13 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    LCMScheduler,
     StableDiffusionImg2ImgPipeline,
+    TCDScheduler,
 )
 from hiflow_cases import CODE, K, N, prepared
 from tiny_pipelines import tiny_pipeline
@@ -30,7 +34,7 @@ def test_bad_input_is_refused_before_anything_runs():
         ("latents: hiflow says these itself", {"call": {**call, "latents": torch.zeros(1)}}),
         ("eta=0.5: .* deterministic", {"call": {**call, "eta": 0.5}}),
         ("true_cfg_scale, which StableDiffusionPipeline does not take", {"call": {**call, "true_cfg_scale": 2}}),
-        ("multiples of 2", {"sizes": (32, 63)}),
+        ("multiples of 8", {"sizes": (32, 60)}),  # the stock pipeline's, though a latent has two pixels
         ("sizes begin with 48 x 48", {"sizes": (48, 64), "image": image}),
         ("expected .3, H, W.", {"image": torch.rand(1, 32, 32)}),
         ("values from", {"image": image * 255}),
@@ -84,6 +88,41 @@ def test_pipelines_and_solvers_that_do_not_fit():
     pipe, call = prepared("flux")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
     with pytest.raises(ValueError, match="draws noise at every step"):
+        hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (LCMScheduler, "LCMScheduler walks"),
+        (TCDScheduler, "TCDScheduler walks"),
+        *(
+            (lambda name=name: DPMSolverMultistepScheduler(**{name: True}), f"with {name} walks")
+            for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+        ),
+    ],
+)
+def test_a_grid_that_ddim_does_not_have_is_not_swapped_for_another(scheduler, words):
+    pipe, call = prepared("sd")
+    own, pipe.scheduler = pipe.scheduler, scheduler()
+    with pytest.raises(ValueError, match=f"{words} a grid of its own.*scheduler=DDIMScheduler.from_config"):
+        hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    assert hiflow(pipe, None, 1, (32, 64), CODE, scheduler=own, call=call).images[-1].isfinite().all()
+
+
+def test_a_switch_that_a_scheduler_only_remembers_does_not_count():
+    pipe, call = prepared("sd")
+    karras = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    pipe.scheduler = DDIMScheduler.from_config(karras.config)
+    assert pipe.scheduler.config.use_karras_sigmas
+    hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+
+
+def test_a_feature_cache_that_is_on_is_refused_before_the_first_step():
+    pipe, call = prepared("flux")
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.9))
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the network was evaluated"))
+    with pytest.raises(ValueError, match="feature cache is on from before"):
         hiflow(pipe, None, 1, (32, 64), CODE, call=call)
 
 

@@ -399,6 +399,20 @@ def test_the_shift_of_a_multistep_solver_is_kept():
     assert sigmas[1] == pytest.approx(0.9, abs=1e-3)
 
 
+def test_a_given_flow_scheduler_has_its_own_shift():
+    """In place of the pipeline's, which is one for the picture's size on FLUX."""
+    pipe, call = prepared("sd3")
+    given = FlowMatchEulerDiscreteScheduler(shift=9.0)
+    result = hiflow(pipe, None, 1, (32, 64), CODE, scheduler=given, call=call)
+    given.set_timesteps(N)
+    assert result.sigmas[0] == given.sigmas.tolist() and result.sigmas[1] == result.sigmas[0][-K - 1 :]
+    own = hiflow(pipe, None, 1, (32, 64), CODE, scheduler=pipe.scheduler, call=call)
+    assert own.sigmas == hiflow(pipe, None, 1, (32, 64), CODE, call=call).sigmas != result.sigmas
+    pipe, call = prepared("flux")
+    static = hiflow(pipe, None, 1, (32, 64), CODE, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), call=call)
+    assert static.sigmas[0] == pytest.approx([3 * t / (1 + 2 * t) for t in (1, 0.8, 0.6, 0.4, 0.2, 0)], abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("family", "scheduler", "message"),
     [
