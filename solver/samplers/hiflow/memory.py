@@ -8,6 +8,7 @@ to refuse what cannot fit, not to fill a card to the last GiB.
 
 import inspect
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -42,36 +43,58 @@ def decoder_bytes(
     return (min(TILE, pixels) if in_tiles else pixels) * DECODER_WIDTHS * channels * bytes_per_value
 
 
+class Setting(NamedTuple):
+    """What the estimate depends on, beside the pipeline's shape and the stages; a remedy changes it.
+
+    Attributes:
+        batch: pictures at once.
+        tiled, sliced: whether the autoencoder works in tiles at any size, and picture by picture.
+        offloaded: whether all weights wait elsewhere until they are needed; else they stay where they are.
+        widest: bytes of a value, at most.
+    """
+
+    batch: int
+    tiled: bool
+    sliced: bool
+    offloaded: bool = False
+    widest: int = 8
+
+
 def check_memory(pipe: DiffusionPipeline, stages: Sequence[Stage], batch: int, call: dict | None = None) -> None:
     """Raises ValueError where a stage cannot fit into the free memory of the pipeline's device."""
-    more = _text_tokens(pipe, call or {}), _condition_tokens(pipe, call or {})
-    needed, worst = max(((_stage_bytes(pipe, stage, batch, *more), stage) for stage in stages), key=lambda row: row[0])
-    device = pipe._execution_device
-    needed += max((_bytes(part) for part in (denoiser(pipe), pipe.vae) if _waits_elsewhere(part, device)), default=0)
+    call, device, vae = call or {}, pipe._execution_device, pipe.vae
+    tiled, sliced = (getattr(vae, name, False) for name in ("use_tiling", "use_slicing"))
+    now = Setting(batch, tiled, sliced)
+    needed, worst = max(((_stage_bytes(pipe, stage, now, call), stage) for stage in stages), key=lambda row: row[0])
     free = _free_bytes(device)
-    if needed > free:
-        raise ValueError(
-            f"{worst.height} x {worst.width} in a batch of {batch} needs about {needed / GIB:.1f} GiB on {device}, "
-            f"where {free / GIB:.1f} GiB are free. What helps: {', '.join(_remedies(pipe, worst, batch, device))}; "
-            "ignore_memory=True goes on regardless."
-        )
+    if needed <= free:
+        return
 
+    def helps(**change) -> bool:
+        changed = now._replace(**change)
+        less = max(_stage_bytes(pipe, stage, changed, call) for stage in stages)
+        leaves = [part for part in _networks(pipe) if _device_type(part) == device.type] if changed.offloaded else []
+        return less - sum(map(_bytes, leaves)) < needed
 
-def _remedies(pipe: DiffusionPipeline, worst: Stage, batch: int, device: torch.device) -> list[str]:
-    """What would lower the estimate."""
-    tiles = worst.height * worst.width > TILE and not getattr(pipe.vae, "use_tiling", False)
+    on_gpu = device.type != "cpu"
     offers = {
-        "fewer pictures at once": batch > 1,
+        "fewer pictures at once": batch > 1 and helps(batch=1),
         "smaller sizes": True,
-        "pipe.enable_model_cpu_offload()": device.type != "cpu" and not _waits_elsewhere(pipe.vae, device),
-        "a quantised transformer": device.type != "cpu",
-        "pipe.vae.enable_tiling()": tiles,
-        "half precision": denoiser(pipe).dtype.itemsize > 2,
+        "pipe.enable_model_cpu_offload()": on_gpu and not _waits(vae, device) and helps(offloaded=True),
+        "a quantised transformer": on_gpu,
+        "pipe.vae.enable_tiling()": helps(tiled=True),
+        "pipe.vae.enable_slicing()": hasattr(vae, "enable_slicing") and helps(sliced=True),
+        "half precision": helps(widest=2),
     }
-    return [offer for offer, helps in offers.items() if helps]
+    raise ValueError(
+        f"{worst.height} x {worst.width} in a batch of {batch} needs about {needed / GIB:.1f} GiB on {device}, where "
+        f"{free / GIB:.1f} GiB are free. What helps: {', '.join(offer for offer, here in offers.items() if here)}; "
+        "ignore_memory=True goes on regardless."
+    )
 
 
-def _stage_bytes(pipe: DiffusionPipeline, stage: Stage, batch: int, text: int = 0, condition: int = 0) -> float:
+def _stage_bytes(pipe: DiffusionPipeline, stage: Stage, setting: Setting, call: dict) -> float:
+    """Of the hungriest moment of a stage: the text encoders', the denoiser's or the autoencoder's."""
     network = denoiser(pipe)
     unet = pipe.components.get("unet") is not None
     if unet:
@@ -79,16 +102,24 @@ def _stage_bytes(pipe: DiffusionPipeline, stage: Stage, batch: int, text: int = 
     else:
         width = network.config.num_attention_heads * network.config.attention_head_dim
         pixels = vae_factor(pipe) * patch_size(pipe)
-    at_once = 1 if stage.edge_steps else batch  # with few tokens first, pictures are walked one by one
+    at_once = 1 if stage.edge_steps else setting.batch  # with few tokens first, pictures are walked one by one
     rows = at_once * (2 if _guided_in_one_batch(pipe) else 1)
     image = (stage.height // pixels) * (stage.width // pixels)
-    tokens = rows * (image + condition + text * stage.text_copies[0] * stage.text_copies[1])
-    tiled = getattr(pipe.vae, "use_tiling", False)
-    value_bytes = 4 if vae_overflows(pipe) else pipe.vae.dtype.itemsize
-    return max(
-        activation_bytes(tokens, width, network.dtype.itemsize, unet),
-        batch * decoder_bytes(stage.height, stage.width, value_bytes, tiled, _vae_channels(pipe)),
-    )
+    text = _text_tokens(pipe, call) * stage.text_copies[0] * stage.text_copies[1]
+    tokens = rows * (image + _condition_tokens(pipe, call) + text)
+    value_bytes = min(network.dtype.itemsize, setting.widest)
+    denoising = activation_bytes(tokens, width, value_bytes, unet)
+    value_bytes = 4 if vae_overflows(pipe) else min(pipe.vae.dtype.itemsize, setting.widest)
+    decoded = 1 if setting.sliced else setting.batch
+    decoding = decoded * decoder_bytes(stage.height, stage.width, value_bytes, setting.tiled, _vae_channels(pipe))
+    coming = [part for part in _networks(pipe) if setting.offloaded or _waits(part, pipe._execution_device)]
+    weights = {part: _bytes(part) for part in coming}
+    denoising, decoding = denoising + weights.pop(network, 0), decoding + weights.pop(pipe.vae, 0)
+    return max(denoising, decoding, *weights.values())
+
+
+def _networks(pipe: DiffusionPipeline) -> list[nn.Module]:
+    return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
 
 
 def _vae_channels(pipe: DiffusionPipeline) -> int:
@@ -125,9 +156,14 @@ def _guided_in_one_batch(pipe: DiffusionPipeline) -> bool:
     return not hasattr(pipe, "_pack_latents")
 
 
-def _waits_elsewhere(part: nn.Module, device: torch.device) -> bool:
+def _waits(part: nn.Module, device: torch.device) -> bool:
     """Whether a component comes to the device as a whole when it is needed. Layer by layer (meta) it hardly counts."""
-    return next(part.parameters()).device.type not in (device.type, "meta")
+    return _device_type(part) not in (device.type, "meta")
+
+
+def _device_type(part: nn.Module) -> str:
+    """Where its weights lie; one that has none is nowhere, and counts as little as one on meta."""
+    return next((parameter.device.type for parameter in part.parameters()), "meta")
 
 
 def _bytes(part: nn.Module) -> int:
