@@ -103,7 +103,8 @@ def check_output(path: Path) -> None:
 
 def refuse_unused(given: Namespace, names: Sequence[str], why: str) -> None:
     """Raises ValueError if one of these flags was given: nothing would come of it."""
-    if used := [f"--{name}" for name in names if getattr(given, name) not in (None, False)]:
+    # By identity: a seed of 0 was given.
+    if used := [f"--{name}" for name in names if not any(getattr(given, name) is unset for unset in (None, False))]:
         raise ValueError(f"{', '.join(used)}: {why}; leave it out.")
 
 

@@ -11,21 +11,35 @@ of a published model, and loads no weights.
 """
 
 import json
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from evaluation.commands import check_output, check_steps, next_output
+from data.command_line import DTYPES
+from evaluation.commands import check_output, check_steps, next_output, refuse_unused
 from evaluation.config import check_guidance
+
+TUPLES = ("stage_steps", "tau", "cutoff", "alpha", "beta", "ntk_factor")  # of a recipe, a number a larger stage
+SWITCHES = {
+    "proportional_attention": "on FLUX, whether logits grow with the number of keys",
+    "text_copies": "on FLUX, whether the text comes once a base-size tile",
+    "shifted_patches": "on FLUX, whether the patch grid moves at every other step",
+}
+OF_A_PICTURE = (
+    *("model", "prompt", "negative_prompt", "seed", "image", "solver", "output", "all_sizes", "device", "dtype"),
+    *("offload", "ignore_memory"),
+)  # without a use beside --explain
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", help="pipeline: hub id or local folder")
     parser.add_argument("--prompt")
+    parser.add_argument("--negative_prompt", help="what the picture shall not show; needs --guidance_scale above 1")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--output", type=Path, help="PNG file to write; the next of outputs/hiflow-N.png by default")
     parser.add_argument("--sizes", type=_size, nargs="+", default=[1024, 2048, 4096], help="pixels, or HEIGHTxWIDTH")
     parser.add_argument("--all_sizes", action="store_true", help="write the smaller pictures too, as NAME_SIZE.png")
+    parser.add_argument("--solver", help="folder or hub id of a learned solver for all stages")
     parser.add_argument("--image", type=Path, help="picture of the first size to enlarge, instead of rendering it")
     parser.add_argument("--preset", default="code", help="code or paper: whose numbers")
     parser.add_argument("--steps", type=int, help="of the base; the larger stages keep their share of it")
@@ -35,6 +49,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--cutoff", type=float, nargs="+", help="of the low band, in Nyquist frequencies")
     parser.add_argument("--alpha", type=float, nargs="+", help="strength of the direction alignment")
     parser.add_argument("--beta", type=float, nargs="+", help="strength of the acceleration alignment")
+    parser.add_argument("--ntk_factor", type=float, nargs="+", help="on FLUX, of the base of rotary positions")
+    for name, words in SWITCHES.items():
+        parser.add_argument(f"--{name}", action=BooleanOptionalAction, help=words)
     parser.add_argument("--start", help="image or prediction: what is enlarged and noised")
     parser.add_argument("--acceleration", help="code, eq10 or fixed-noise: the rule")
     parser.add_argument(
@@ -44,10 +61,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--alignment", default="full", help="none, init, init+direction or full")
     parser.add_argument("--explain", action="store_true", help="print the plan and stop")
-    parser.add_argument("--family", default="flux", help="published model of --explain")
+    parser.add_argument("--family", help="published model of --explain; flux by default")
     parser.add_argument("--json", action="store_true", help="of --explain")
     parser.add_argument("--device", help="the GPU if there is one, by default")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", choices=DTYPES, help="float32 by default")
+    parser.add_argument("--offload", action="store_true", help="networks wait in main memory until the GPU needs them")
+    parser.add_argument("--ignore_memory", action="store_true", help="go on where the estimate says it cannot fit")
 
 
 def run(given: Namespace) -> Path | str:
@@ -57,16 +76,15 @@ def run(given: Namespace) -> Path | str:
     for scale in given.guidance_scale or ():
         check_guidance("--guidance_scale", scale)
     if given.explain:
-        if unused := [
-            f"--{name}" for name in ("model", "image", "prompt", "seed") if getattr(given, name) is not None
-        ]:
-            raise ValueError(f"{', '.join(unused)}: --explain plans a published model, --family; leave it out.")
+        refuse_unused(given, OF_A_PICTURE, "--explain plans a published model, --family")
         from solver.samplers.hiflow.explain import FAMILIES, as_table, explain
 
-        known = FAMILIES.get(given.family)
+        family = given.family or "flux"
+        known = FAMILIES.get(family)
         recipe = _recipe(given, known and known.steps)
-        report = explain(given.family, given.sizes, recipe, _guidance(given), given.alignment)
+        report = explain(family, given.sizes, recipe, _guidance(given), given.alignment)
         return json.dumps(report, indent=1) if given.json else as_table(report)
+    refuse_unused(given, ("family", "json"), "only --explain has a use for it")
     return _render(given)
 
 
@@ -77,13 +95,14 @@ def _recipe(given: Namespace, few_steps: int | None):
     recipe, steps = as_recipe(given.preset), few_steps if given.steps is None else given.steps
     if steps is not None:
         recipe = with_steps(recipe, steps)
-    tuples = {name: getattr(given, name) for name in ("stage_steps", "tau", "cutoff", "alpha", "beta")}
+    tuples = {name: getattr(given, name) for name in TUPLES}
     tuples = {name: tuple(values) for name, values in tuples.items() if values}
     for name, values in tuples.items():
         if len(values) >= len(given.sizes):
             raise ValueError(f"--{name} {values}: expected at most {len(given.sizes) - 1}, one a larger stage.")
     edges_first = tuple(given.edges_first) if given.edges_first else None
-    return with_changes(recipe, **tuples, start=given.start, acceleration=given.acceleration, edges_first=edges_first)
+    chosen = {name: getattr(given, name) for name in (*SWITCHES, "start", "acceleration")}
+    return with_changes(recipe, **tuples, **chosen, edges_first=edges_first)
 
 
 def _guidance(given: Namespace) -> float | list[float] | None:
@@ -96,18 +115,29 @@ def _render(given: Namespace) -> Path:
         raise ValueError(f"{', '.join(missing)}: needed to render. --explain needs none of them.")
     output = given.output or next_output("hiflow")
     check_output(output)
-    _recipe(given, None)  # raises before the model is loaded
+    if given.negative_prompt and max(given.guidance_scale or (0,)) <= 1:
+        raise ValueError("--negative_prompt: it needs --guidance_scale above 1.")
+    from solver.samplers.hiflow.plan import as_size, plan_stages
+
+    # What can be said without the model is said before it is loaded.
+    plan_stages(given.sizes, _recipe(given, None), None, _guidance(given), given.alignment)
     from PIL import Image
 
-    from evaluation.rendering import load_pipeline
-    from evaluation.single import save_png, to_picture
-    from solver.samplers.calls import text_length
-    from solver.samplers.hiflow.inputs import FEW_STEPS, is_distilled_to_few_steps
+    from evaluation.single import save_png, solver_scheduler, to_picture
+    from solver.samplers.calls import guidance, text_length
+    from solver.samplers.hiflow.inputs import FEW_STEPS, given_image, is_distilled_to_few_steps
     from solver.samplers.hiflow.sampler import hiflow
+    from solver.samplers.latents import as_seeds
 
-    image = Image.open(given.image) if given.image else None
-    pipe = load_pipeline(given.model, given.dtype, given.device)
-    recipe, guidance = _recipe(given, FEW_STEPS if is_distilled_to_few_steps(pipe) else None), _guidance(given)
+    as_seeds(given.seed)
+    image = given_image(Image.open(given.image), as_size(given.sizes[0]), 1) if given.image else None
+    pipe = _pipeline(given)
+    recipe, scale = _recipe(given, FEW_STEPS if is_distilled_to_few_steps(pipe) else None), _guidance(given)
+    call = text_length(pipe)
+    if given.negative_prompt:
+        guidance(pipe, max(given.guidance_scale), [given.negative_prompt])  # raises where it has no use for it
+        call["negative_prompt"] = given.negative_prompt
+    first_scale = given.guidance_scale[0] if given.guidance_scale else None
     result = hiflow(
         pipe,
         given.prompt,
@@ -115,13 +145,16 @@ def _render(given: Namespace) -> Path:
         given.sizes,
         recipe,
         image=image,
-        guidance_scale=guidance,
+        guidance_scale=scale,
         alignment=given.alignment,
-        call=text_length(pipe),
+        scheduler=solver_scheduler(given.solver, pipe.scheduler, first_scale) if given.solver else None,
+        call=call,
+        ignore_memory=given.ignore_memory,
     )
-    facts = {"model": given.model, "prompt": given.prompt, "seed": given.seed, "dtype": given.dtype}
+    facts = {name: getattr(given, name) for name in ("model", "prompt", "negative_prompt", "seed", "solver")}
+    facts = {name: value for name, value in facts.items() if value is not None} | {"dtype": _dtype(given)}
     facts["hiflow"] = json.dumps(
-        {"sizes": given.sizes, "guidance_scale": guidance, "alignment": given.alignment, **asdict(recipe)}
+        {"sizes": given.sizes, "guidance_scale": scale, "alignment": given.alignment, **asdict(recipe)}
     )
     if given.image:
         facts["enlarged"] = str(given.image)
@@ -130,9 +163,30 @@ def _render(given: Namespace) -> Path:
         picture = to_picture(pipe, image_BCHW)
         path = output
         if image_BCHW is not result.images[-1]:
-            path = path.with_stem(f"{path.stem}_{picture.height}")
+            height, width = picture.height, picture.width
+            path = path.with_stem(f"{path.stem}_{height if height == width else f'{height}x{width}'}")
         save_png(picture, path, {**facts, "height": picture.height, "width": picture.width})
     return output
+
+
+def _pipeline(given: Namespace):
+    """The model on its device, or, with --offload, where its networks wait for it."""
+    from evaluation.rendering import load_pipeline
+
+    if not given.offload:
+        return load_pipeline(given.model, _dtype(given), given.device)
+    import torch
+
+    device = given.device or "cuda"
+    if device.startswith("cpu") or not torch.cuda.is_available():
+        raise ValueError("--offload: networks wait in main memory for a GPU, and here is none; leave it out.")
+    pipe = load_pipeline(given.model, _dtype(given), "cpu")
+    pipe.enable_model_cpu_offload(device=device)
+    return pipe
+
+
+def _dtype(given: Namespace) -> str:
+    return given.dtype or "float32"
 
 
 def _size(text: str) -> int | tuple[int, int]:

@@ -1,5 +1,7 @@
 """Whether an earlier result is the beginning of a run: what decides the pictures, as fingerprints."""
 
+import numpy as np
+import torch
 from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
@@ -31,6 +33,8 @@ def _fingerprint(value) -> str:
         return tensors_digest({"": value})
     if isinstance(value, Image):
         return tensors_digest({value.mode: to_tensor(value)})
+    if isinstance(value, np.ndarray):  # its repr leaves out the middle
+        return tensors_digest({"": torch.from_numpy(np.ascontiguousarray(value))})
     return str([_fingerprint(one) for one in value]) if isinstance(value, list | tuple) else repr(value)
 
 

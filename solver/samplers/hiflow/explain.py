@@ -9,7 +9,8 @@
      "tflops": {"per_stage": [...], "total"},      of the denoiser, every branch of guidance and attention counted
      "memory_gib"}                                 weights in bfloat16 and the hungriest stage, nothing offloaded
 
-`sigmas` has both ends, one more than steps; `alpha` and `beta` are the strengths at a stage's first step.
+`sigmas` has both ends, one more than steps; `alpha` and `beta` are the strengths at a stage's first step; `cutoff` is
+null at the base, which has none, and "inf" where no band is left out, for which JSON has no number.
 """
 
 import math
@@ -23,7 +24,7 @@ from solver.samplers.cost import NETWORKS, Network, image_tokens, run_flops
 from solver.samplers.grids import QWEN_SHIFT, latent_diffusion_grid, own_grid, shifted
 from solver.samplers.hiflow.memory import GIB, activation_bytes, decoder_bytes
 from solver.samplers.hiflow.noise import check_rule
-from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, few_tokens, plan_stages, with_steps
+from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, as_size, few_tokens, plan_stages, with_steps
 
 BF16 = 2  # bytes
 
@@ -101,8 +102,7 @@ def explain(
     if model.largest and largest > model.largest:
         raise ValueError(f"{family} has positions for {model.largest} pixels a side; {largest} were asked for.")
 
-    base = sizes[0] if not isinstance(sizes[0], int) else (sizes[0], sizes[0])
-    grid = model.sigmas(recipe.steps, image_tokens(network, *base))
+    grid = model.sigmas(recipe.steps, image_tokens(network, *as_size(sizes[0])))
     condition = model.condition // network.pixels**2
     tflops = [stage_flops(network, stage, condition, _branches(model, stage)) / 1e12 for stage in stages]
     return {
@@ -121,7 +121,7 @@ def _as_json(stage: Stage, model: Family, grid: torch.Tensor) -> dict:
         "steps": stage.steps,
         "sigmas": grid[stage.first :].tolist(),
         "guidance_scale": guidance,
-        "cutoff": None if stage.cutoff in (None, math.inf) else stage.cutoff,  # infinite: no band is left out
+        "cutoff": "inf" if stage.cutoff == math.inf else stage.cutoff,
         "alpha": stage.alpha,
         "beta": stage.beta,
         "ntk_factor": stage.ntk_factor,
@@ -180,7 +180,7 @@ def as_table(report: dict) -> str:
     for stage, cost in zip(report["stages"], report["tflops"]["per_stage"], strict=True):
         size = stage["size"] if isinstance(stage["size"], list) else [stage["size"]] * 2
         span = f"{stage['sigmas'][0]:.3f} → {stage['sigmas'][-1]:.3f}"
-        cutoff = "" if stage["cutoff"] is None else f"{stage['cutoff']:g}"
+        cutoff = "" if stage["cutoff"] is None else f"{float(stage['cutoff']):g}"
         rows.append(
             f"{size[0]:>5} x {size[1]:<3} {stage['steps']:>5} {span:>14} {stage['guidance_scale']:>8g} {cutoff:>6} "
             f"{stage['alpha']:>5g} {stage['beta']:>5g} {cost:>9,.0f}"

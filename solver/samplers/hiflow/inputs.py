@@ -4,7 +4,8 @@ import inspect
 import math
 
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
-from PIL.Image import Image
+from PIL import ImageOps
+from PIL.Image import Image, alpha_composite, new
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
@@ -117,10 +118,10 @@ def check_guidance(pipe, call: dict) -> None:
 
 
 def given_image(image, base: tuple[int, int], batch: int) -> Tensor:
-    """float32 (B, 3, H, W) of the base size."""
+    """float32 (B, 3, H, W) of the base size; a PIL image upright as its EXIF says, what is transparent on white."""
     if not isinstance(image, Tensor | Image):
         raise ValueError(f"image is a {type(image).__name__}: expected a PIL image or a tensor.")
-    picture = image if isinstance(image, Tensor) else to_tensor(image.convert("RGB"))
+    picture = image if isinstance(image, Tensor) else to_tensor(_upright_rgb(image))
     picture = (picture if picture.ndim == 4 else picture[None]).float()
     if picture.ndim != 4 or picture.shape[1] != 3 or len(picture) not in (1, batch):
         raise ValueError(
@@ -134,3 +135,10 @@ def given_image(image, base: tuple[int, int], batch: int) -> Tensor:
     if not (picture.min() >= 0 and picture.max() <= 1):
         raise ValueError(f"image has values from {picture.min():g} to {picture.max():g}: expected [0, 1].")
     return picture.expand(batch, -1, -1, -1)
+
+
+def _upright_rgb(image: Image) -> Image:
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = alpha_composite(new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")

@@ -169,7 +169,7 @@ def as_recipe(preset: str | Recipe) -> Recipe:
 def plan_stages(
     sizes: Sequence[Size],
     recipe: Recipe,
-    multiple: int,
+    multiple: int | None,
     guidance_scale: float | Sequence[float] | None = None,
     alignment: str = "full",
     distilled_guidance: bool = True,
@@ -181,7 +181,8 @@ def plan_stages(
     Args:
         sizes: of the pictures, in pixels, ascending: sides of squares, or (height, width). The first is the base.
         recipe: HiFlow's numbers.
-        multiple: of which heights and widths have to be, in pixels.
+        multiple: of which heights and widths have to be, in pixels. None where the model is not known yet: then
+            neither that nor proportions are checked.
         guidance_scale: one for all stages or one a stage; None takes the recipe's where `distilled_guidance`, and the
             pipeline's own elsewhere.
         alignment: one of `ALIGNMENTS`. "none" is the largest size alone, from noise, in all the base's steps; "init"
@@ -229,10 +230,12 @@ def plan_stages(
     return [replace(stages[-1], first=0)] if alignment == "none" else stages
 
 
-def _edges_first(stage: Stage, share: float, ratio: float, multiple: int, model_patches: bool) -> Stage:
+def _edges_first(stage: Stage, share: float, ratio: float, multiple: int | None, model_patches: bool) -> Stage:
     """The last stage with few tokens in its first steps."""
     if not model_patches:
         raise ValueError("edges_first mixes the tokens of FLUX-type transformers; this model has others or none.")
+    if multiple is None:
+        return stage
     if stage.height % (2 * multiple) or stage.width % (2 * multiple):
         raise ValueError(
             f"edges_first: {stage.height} x {stage.width} has to divide into cells of {2 * multiple} pixels."
@@ -298,16 +301,15 @@ def _guidance_scales(recipe: Recipe | None, given: float | Sequence[float] | Non
     return [float(value) for value in scales]
 
 
-def _check_sizes(sizes: Sequence[Size], multiple: int) -> list[tuple[int, int]]:
+def _check_sizes(sizes: Sequence[Size], multiple: int | None) -> list[tuple[int, int]]:
     if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes:
         raise ValueError(f"sizes={sizes!r}: expected a sequence such as (1024, 2048), the base size first.")
     pixels = [as_size(size) for size in sizes]
     for height, width in pixels:
-        if not all(0 < side <= LARGEST_SIDE and side % multiple == 0 for side in (height, width)):
+        if not all(0 < side <= LARGEST_SIDE and side % (multiple or 1) == 0 for side in (height, width)):
             shown = " x ".join(str(side) if abs(side) < 10**9 else "..." for side in (height, width))
-            raise ValueError(
-                f"size {shown}: height and width have to be positive multiples of {multiple}, at most {LARGEST_SIDE}."
-            )
+            numbers = f"multiples of {multiple}" if multiple else "numbers"
+            raise ValueError(f"size {shown}: height and width have to be positive {numbers}, at most {LARGEST_SIDE}.")
     base_height, base_width = pixels[0]
     for i, (height, width) in enumerate(pixels[1:]):
         before = pixels[i]
@@ -317,7 +319,8 @@ def _check_sizes(sizes: Sequence[Size], multiple: int) -> list[tuple[int, int]]:
                 "The first is the size that the model knows."
             )
         # Half a multiple of rounding in each side is what sizes of equal proportions can differ by.
-        if abs(height * base_width - width * base_height) > multiple * max(base_height, base_width) / 2:
+        skew = abs(height * base_width - width * base_height)
+        if multiple is not None and skew > multiple * max(base_height, base_width) / 2:
             raise ValueError(
                 f"{height} x {width} has other proportions than the base, {base_height} x {base_width}: the larger "
                 "picture is the smaller one enlarged."
@@ -326,7 +329,7 @@ def _check_sizes(sizes: Sequence[Size], multiple: int) -> list[tuple[int, int]]:
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    if not isinstance(recipe.steps, Integral) or recipe.steps < 1:
+    if not _is_number(recipe.steps, Integral) or recipe.steps < 1:
         raise ValueError(f"steps={recipe.steps}: the base needs a whole number, at least 1.")
     if (recipe.stage_steps is None) == (recipe.tau is None):
         raise ValueError(
@@ -336,7 +339,7 @@ def _check_recipe(recipe: Recipe) -> None:
         if (values := getattr(recipe, name)) is not None and (not isinstance(values, tuple) or not values):
             raise ValueError(f"{name}={values!r}: expected a tuple with a number a larger stage, such as (0.2,).")
         kind, words = (Integral, "whole numbers") if name == "stage_steps" else (Real, "numbers")
-        if not all(isinstance(value, kind) and not math.isnan(value) for value in values or ()):
+        if not all(_is_number(value, kind) and not math.isnan(value) for value in values or ()):
             raise ValueError(f"{name}={values!r}: expected {words}.")
     ranges = {
         "tau": (
@@ -357,7 +360,7 @@ def _check_recipe(recipe: Recipe) -> None:
     if shares is not None and not (
         isinstance(shares, tuple)
         and len(shares) == 2
-        and all(isinstance(share, Real) and not isinstance(share, bool) for share in shares)
+        and all(_is_number(share, Real) for share in shares)
         and 0 < shares[0] <= 1
         and 0 < shares[1] < 1
     ):
@@ -368,3 +371,10 @@ def _check_recipe(recipe: Recipe) -> None:
     for name, known in (("start", STARTS), ("acceleration", ACCELERATION_RULES)):
         if getattr(recipe, name) not in known:
             raise ValueError(f"{name}={getattr(recipe, name)!r}: expected one of {', '.join(map(repr, known))}.")
+    for name in ("proportional_attention", "text_copies", "shifted_patches"):
+        if not isinstance(getattr(recipe, name), bool):
+            raise ValueError(f"{name}={getattr(recipe, name)!r}: expected True or False.")
+
+
+def _is_number(value, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

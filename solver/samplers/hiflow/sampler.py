@@ -175,6 +175,8 @@ def hiflow(
     start = None if image is None else given_image(image, first, len(seeds)).to(pipe._execution_device)
     made_by = fingerprints(pipe, recipe, scheduler, call, seeds, start)
     rendered = stages if start is None else stages[1:]
+    if smaller is not None and not isinstance(smaller, HiFlowResult):
+        raise ValueError(f"smaller is a {type(smaller).__name__}: expected what an earlier hiflow() left.")
     if smaller is not None:
         check_smaller(smaller.stages, smaller.made_by, rendered, made_by)
     if not ignore_memory:

@@ -1,7 +1,9 @@
 """What HiFlow refuses, and says of it."""
 
 from dataclasses import replace
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -15,10 +17,13 @@ from diffusers import (
     TCDScheduler,
 )
 from hiflow_cases import CODE, K, N, prepared
+from PIL import Image
 from tiny_pipelines import tiny_pipeline
+from torch import nn
 
-from solver.samplers.hiflow import hiflow, with_steps
-from solver.samplers.hiflow.inputs import is_distilled_to_few_steps
+from solver.samplers.hiflow import hiflow, memory, with_steps
+from solver.samplers.hiflow.continuing import _fingerprint
+from solver.samplers.hiflow.inputs import given_image, is_distilled_to_few_steps
 from solver.samplers.hiflow.memory import check_memory, decoder_bytes
 from solver.samplers.hiflow.plan import plan_stages
 
@@ -42,8 +47,9 @@ def test_bad_input_is_refused_before_anything_runs():
         ("takes no image", {"image": image, "alignment": "none"}),
         ("give its own size and a larger one", {"image": image, "sizes": (32,)}),
         ("preset='codes'", {"preset": "codes"}),
+        ("smaller is a str: expected what an earlier hiflow", {"smaller": "x"}),
         (
-            r"needs about .* GiB on cpu.*helps: smaller sizes, pipe.vae.enable_tiling.., half precision; ignore",
+            r"needs about .* GiB on cpu.*helps: smaller sizes, half precision; ignore",
             {"sizes": (32, 2**16)},
         ),
     ]
@@ -63,6 +69,69 @@ def test_memory_counts_the_text_and_what_kontext_edits():
     for given in (long, large):
         with pytest.raises(ValueError, match="64 x 64 in a batch of 1 needs about"):
             check_memory(pipe, stages, 1, given)
+
+
+def test_only_what_lowers_the_estimate_is_offered(monkeypatch):
+    """The tiny decoder needs more than the tiny transformer; above 1536² it works in tiles whatever is said."""
+    pipe, call = prepared("flux")
+    monkeypatch.setattr(memory, "_free_bytes", lambda device: 0)
+
+    def offered(size, batch=1):
+        with pytest.raises(ValueError, match="What helps") as refused:
+            check_memory(pipe, plan_stages((32, size), CODE, 4), batch, call)
+        return str(refused.value).partition("helps: ")[2].partition(";")[0].split(", ")
+
+    always, tiles, slices = (
+        ["smaller sizes", "half precision"],
+        "pipe.vae.enable_tiling()",
+        "pipe.vae.enable_slicing()",
+    )
+    pipe.vae.register_to_config(block_out_channels=(400, 800))  # the decoder's estimate, beyond the transformer's
+    assert offered(1280) == ["smaller sizes", tiles, "half precision"]
+    assert offered(1024) == offered(2048) == always
+    assert offered(1280, batch=2) == ["fewer pictures at once", "smaller sizes", tiles, slices, "half precision"]
+    pipe.vae.enable_tiling()
+    pipe.vae.enable_slicing()
+    assert offered(1280) == always and offered(1280, batch=2) == always  # its one row is the hungriest
+    pipe.vae.register_to_config(block_out_channels=(4, 8))
+    assert offered(1280, batch=2) == ["fewer pictures at once", *always]
+
+
+def test_offloaded_networks_count_one_at_a_time():
+    """The text encoder too, which may be the largest of them, but not together with what the others compute."""
+    pipe, call = prepared("flux")
+    stages = plan_stages((32, 64), CODE, 4)
+    setting = memory.Setting(1, False, False)
+    staying, offloaded = (memory._stage_bytes(pipe, stages[1], setting._replace(offloaded=x), call) for x in (0, 1))
+    weights = [memory._bytes(part) for part in (pipe.transformer, pipe.vae)]
+    assert max(weights) < offloaded <= staying + max(weights)
+    pipe.text_encoder = nn.Linear(10**5, 10**5, device="meta")
+    assert memory._stage_bytes(pipe, stages[1], setting._replace(offloaded=True), call) == 4 * (10**10 + 10**5)
+
+
+def test_a_given_picture_is_upright_and_on_white():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    upright = given_image(Image.fromarray(pixels), (32, 32), 1)
+    file = BytesIO()
+    turned = Image.fromarray(np.rot90(pixels).copy())  # as a camera that was held on its side has it
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter to the right
+    turned.save(file, "PNG", exif=exif)
+    assert torch.equal(given_image(Image.open(file), (32, 32), 1), upright)
+    alpha = Image.fromarray(np.full((32, 32), 128, dtype=np.uint8))
+    seen = Image.fromarray(pixels)
+    seen.putalpha(alpha)
+    expected = 1 - (1 - upright) * 128 / 255
+    torch.testing.assert_close(given_image(seen, (32, 32), 1), expected, rtol=0, atol=1.01 / 255)
+
+
+def test_arrays_are_told_apart_by_all_their_values():
+    """Of a large one, the repr has only the corners."""
+    array = np.zeros((64, 64, 3), dtype=np.float32)
+    other = array.copy()
+    other[20:40, 20:40] = 1
+    assert repr(array) == repr(other) and _fingerprint(array) == _fingerprint(array.copy()) != _fingerprint(other)
+    assert _fingerprint([array]) != _fingerprint([other])
 
 
 def test_families_that_cannot():

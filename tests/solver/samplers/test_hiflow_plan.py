@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_flux import save_tiny_flux
 
 import sample
 from evaluation.rendering import load_pipeline
+from solver import ConsistencySolverScheduler
 from solver.samplers.calls import text_length
 from solver.samplers.hiflow.explain import FAMILIES, as_table, explain
 from solver.samplers.hiflow.plan import PRESETS, known_size, plan_stages, with_changes, with_steps
@@ -137,6 +139,14 @@ def test_a_given_image_need_not_have_the_size_that_the_model_knows():
         (r"alpha=\('a',\): expected numbers", {"recipe": replace(CODE, alpha=("a",))}),
         ("steps=5.5: the base needs a whole number", {"recipe": replace(CODE, steps=5.5)}),
         (r"stage_steps=\(2.5,\): expected whole numbers", {"recipe": replace(CODE, stage_steps=(2.5,))}),
+        (r"stage_steps=\(True,\): expected whole numbers", {"recipe": replace(CODE, stage_steps=(True,))}),
+        ("steps=True: the base needs a whole", {"recipe": replace(CODE, steps=True)}),
+        (r"alpha=\(True,\): expected numbers", {"recipe": replace(CODE, alpha=(True,))}),
+        (
+            "proportional_attention='no': expected True or False",
+            {"recipe": replace(CODE, proportional_attention="no")},
+        ),
+        ("text_copies=2: expected True or False", {"recipe": replace(CODE, text_copies=2)}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -147,6 +157,17 @@ def test_values_of_another_kind(message, changes):
 
 def test_sizes_of_numpy_are_sizes():
     assert plan_stages((np.int64(64), np.int64(128)), CODE, 16) == plan_stages((64, 128), CODE, 16)
+    assert explain("flux", (np.int64(1024), np.int64(2048))) == explain("flux", (1024, 2048))
+
+
+def test_before_the_model_is_known_only_the_order_of_sizes_is_checked():
+    """Whether they divide, and how far rounding may change proportions, is the model's to say."""
+    sizes = ((768, 1024), (1153, 1540))
+    assert [stage.height for stage in plan_stages(sizes, CODE, None)] == [768, 1153]
+    assert len(plan_stages(sizes, replace(CODE, edges_first=(0.5, 0.3)), None)) == 2
+    for bad in ((1024, 512), (0, 512)):
+        with pytest.raises(ValueError, match=r"ascend|positive numbers, at most 65536"):
+            plan_stages(bad, CODE, None)
 
 
 def test_ablations():
@@ -220,8 +241,10 @@ def test_flops_count_the_branches_of_guidance():
 
 
 def test_a_plan_is_json():
-    text = json.dumps(explain("flux", LADDER, replace(CODE, cutoff=(math.inf,))), allow_nan=False)
-    assert json.loads(text)["stages"][1]["cutoff"] is None
+    report = explain("flux", LADDER, replace(CODE, cutoff=(math.inf,)))
+    text = json.dumps(report, allow_nan=False)
+    assert [stage["cutoff"] for stage in json.loads(text)["stages"]] == [None, "inf", "inf"]
+    assert "inf" in as_table(report)
 
 
 def test_the_command_explains(capsys):
@@ -240,8 +263,67 @@ def test_the_command_explains(capsys):
         sample.main(["hiflow"])
     with pytest.raises(ValueError, match=r"--cutoff \(0.1, 0.2, 0.3\): expected at most 2, one a larger stage"):
         sample.main(["hiflow", "--explain", "--cutoff", "0.1", "0.2", "0.3"])
-    with pytest.raises(ValueError, match="--model, --seed: --explain plans a published model, --family; leave it out"):
-        sample.main(["hiflow", "--explain", "--model", "zoo/mini-flux", "--seed", "1"])
+    sample.main(["hiflow", "--explain", "--json", "--ntk_factor", "4", "--text_copies", "--no-shifted_patches"])
+    stage = json.loads(capsys.readouterr().out)["stages"][1]
+    assert (stage["ntk_factor"], stage["text_copies"], stage["shifted_patches"]) == (4.0, 4, False)
+    assert stage["proportional_attention"] is True
+
+
+def test_options_without_a_use_are_refused():
+    for option in (
+        *(["--model", "zoo/mini-flux"], ["--seed", "0"], ["--output", "x.png"], ["--device", "cpu"], ["--all_sizes"]),
+        *(["--dtype", "float32"], ["--solver", "x"], ["--negative_prompt", ""], ["--offload"], ["--ignore_memory"]),
+    ):
+        message = f"{option[0]}: --explain plans a published model, --family; leave it out"
+        with pytest.raises(ValueError, match=message):
+            sample.main(["hiflow", "--explain", *option])
+    for option in (["--json"], ["--family", "flux"]):
+        with pytest.raises(ValueError, match=f"{option[0]}: only --explain has a use for it"):
+            sample.main(["hiflow", "--model", "zoo/mini-sd", "--prompt", "x", "--seed", "1", *option])
+
+
+def test_what_needs_no_model_is_said_before_it_is_opened(tmp_path):
+    given = ["hiflow", "--model", "zoo/none", "--prompt", "x", "--output", str(tmp_path / "x.png")]
+    picture = tmp_path / "small.png"
+    Image.new("RGB", (48, 48)).save(picture)
+    for message, options in (
+        ("sizes have to ascend", ["--sizes", "128", "64"]),
+        ("cutoff=0.0: expected", ["--cutoff", "0"]),
+        ("seed=-1000.*: expected a whole number of 64 bits", ["--seed", str(-(10**21))]),
+        ("'A_i': expected one of", ["--alignment", "A_i"]),
+        ("image of 48 x 48 pixels, but sizes begin with 64 x 64", ["--image", str(picture), "--sizes", "64", "128"]),
+        ("--negative_prompt: it needs --guidance_scale above 1", ["--negative_prompt", "a cube"]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample.main([*given, *([] if "--seed" in options else ["--seed", "1"]), *options])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--offload: networks wait in main memory for a GPU, and here is none"):
+            sample.main([*given, "--seed", "1", "--offload"])
+
+
+def test_a_solver_and_a_negative_prompt_on_the_command_line(tmp_path):
+    model = save_tiny_flux(tmp_path / "flux")
+    pipe = load_pipeline(str(model), "float32", "cpu")
+    solver = ConsistencySolverScheduler.from_scheduler(pipe.scheduler, order=2)
+    with torch.no_grad():
+        solver.policy.mlp[-1].bias.fill_(0.3)
+    solver.save_pretrained(tmp_path / "solver")
+    given = ["hiflow", "--model", str(model), "--prompt", "a red ring", "--seed", "7", "--all_sizes", "--steps", "3"]
+    given += ["--sizes", "32x48", "64x96", "--guidance_scale", "3", "--ignore_memory"]
+    made = {}
+    for name, options in (
+        ("plain", []),
+        ("solved", ["--solver", str(tmp_path / "solver")]),
+        ("without", ["--negative_prompt", "a blue cube"]),
+    ):
+        sample.main([*given, *options, "--output", str(tmp_path / f"{name}.png")])
+        with Image.open(tmp_path / f"{name}.png") as large, Image.open(tmp_path / f"{name}_32x48.png") as small:
+            made[name] = np.asarray(large).tobytes()
+            assert large.size == (96, 64) and small.size == (48, 32)
+            remembered = dict(large.text)
+        for option, value in zip(options[::2], options[1::2], strict=True):
+            assert remembered[f"proofsheet:{option.removeprefix('--')}"] == value
+    assert len(set(made.values())) == 3
 
 
 @pytest.mark.parametrize("size", ["1024x", "x1024", "-1024", "1024x1024x3", "1e3", "inf"])
