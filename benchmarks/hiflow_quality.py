@@ -7,7 +7,7 @@
 
 Prompts are captions of the miniature world's test scenes, and the reference is those scenes, rendered at the large
 size. Rows: the pipeline by itself; a picture straight from noise, with the changes inside the network; the base
-picture enlarged; HiFlow with its initialization, with its direction alignment, and whole. Measured (see
+picture enlarged, and sharpened; HiFlow with its initialization, with its direction alignment, and whole. Measured (see
 `hiflow_measures`): Fréchet distances in DINO's features, of whole pictures and of 64 px patches; the caption check,
 after shrinking to the base's size; correlation of the low band, and of a wider one, with the base picture; sharpness
 of edges. Intervals are of paired bootstraps over prompts.
@@ -162,7 +162,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="zoo/mini-sd", help="pipeline: hub id or local folder")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128], help="in pixels, the model's own first")
-    parser.add_argument("--num_prompts", type=int, default=100)
+    parser.add_argument("--num_prompts", type=int, default=200)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--preset", default="code", help="code or paper: the numbers of the main rows")
     parser.add_argument("--also", nargs="+", choices=GROUPS, default=[], help="groups of further rows")

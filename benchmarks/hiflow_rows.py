@@ -12,7 +12,7 @@ from evaluation.solvers import load_solver
 from solver.samplers.calls import text_length
 from solver.samplers.cost import network_of
 from solver.samplers.hiflow import HiFlowResult, Recipe, hiflow, with_steps
-from solver.samplers.hiflow.alignment import enlarge
+from solver.samplers.hiflow.alignment import enlarge, sharpen
 from solver.samplers.hiflow.explain import stage_flops
 from solver.samplers.hiflow.model_patches import takes_patches
 from solver.samplers.hiflow.noise import prediction_type, stage_solver
@@ -21,6 +21,8 @@ from solver.samplers.latents import patch_size, vae_factor
 
 FEW = (5, 8)  # steps of the base; larger stages have their share
 STOCK, DIRECT, BICUBIC, FULL = "stock", "direct", "bicubic", "full"
+SHARPENED = "sharpened"  # a bicubic picture, as HiFlow sharpens it before it puts noise on it
+ENLARGED = (None, SHARPENED)  # alignments of rows without a network
 
 
 class Row(NamedTuple):
@@ -28,7 +30,8 @@ class Row(NamedTuple):
 
     Attributes:
         name: in the table.
-        alignment: of `hiflow`; None where the base picture is only enlarged, `STOCK` for the pipeline by itself.
+        alignment: of `hiflow`; None where the base picture is only enlarged, `SHARPENED` where it is sharpened too,
+            `STOCK` for the pipeline by itself.
         recipe: likewise.
         scheduler: of all stages, the base's too, which is then the row's own; None for the pipeline's, after the
             shared base.
@@ -50,6 +53,7 @@ def main_rows(recipe: Recipe) -> list[Row]:
         Row(STOCK, STOCK, recipe),
         Row(DIRECT, "none", recipe),
         Row(BICUBIC, None, recipe),
+        Row(f"{BICUBIC}, {SHARPENED}", SHARPENED, recipe),
         Row("A_i", "init", recipe),
         Row("A_i + A_d", "init+direction", recipe),
         Row(FULL, "full", recipe),
@@ -146,7 +150,7 @@ class Artist:
         """(size, evaluations of the network) of each of the row's stages after a shared base, guidance included."""
         if row.alignment in ("none", STOCK):
             yield from ((size, row.recipe.steps) for size in self.sizes[1:])
-        elif row.alignment is not None:
+        elif row.alignment not in ENLARGED:
             for stage in plan_stages(self.sizes, row.recipe, 1)[row.scheduler is None :]:
                 yield stage.height, stage.steps
 
@@ -157,7 +161,7 @@ class Artist:
         network = network_of(self.pipe.transformer, token_side(self.pipe), self.call.get("max_sequence_length"))
         if row.alignment == STOCK:
             return stage_flops(network, Stage(size, size, 0, row.recipe.steps, None)) / 1e9
-        if row.alignment is None:
+        if row.alignment in ENLARGED:
             return 0.0
         sizes = (self.sizes[0], size) if row.alignment == "none" else self.sizes
         stages = plan_stages(sizes, row.recipe, token_side(self.pipe), alignment=row.alignment)
@@ -185,8 +189,9 @@ class Artist:
 
     def draw(self, row: Row, base: HiFlowResult, prompts: Sequence[str], seeds: Sequence[int]) -> list[Tensor]:
         """float (B, 3, H, W) in [0, 1] for each of the larger sizes."""
-        if row.alignment is None:
-            return [enlarge(base.images[0], size, size).clamp(0, 1) for size in self.sizes[1:]]
+        if row.alignment in ENLARGED:
+            large = [enlarge(base.images[0], size, size) for size in self.sizes[1:]]
+            return [(sharpen(x) if row.alignment == SHARPENED else x).clamp(0, 1) for x in large]
         if row.alignment == STOCK:
             given = {"guidance_scale": self._first_guidance, "call": self.call}
             return [

@@ -18,7 +18,7 @@ from solver import ConsistencySolverScheduler
 from solver.samplers.hiflow import PRESETS, with_steps
 from solver.samplers.hiflow.alignment import enlarge
 
-MAIN_ROWS = ["stock", "direct", "bicubic", "A_i", "A_i + A_d", "full"]
+MAIN_ROWS = ["stock", "direct", "bicubic", "bicubic, sharpened", "A_i", "A_i + A_d", "full"]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_command_measures_every_row_and_goes_on_where_it_stopped(tmp_path, c
     arguments = ["--model", str(model), "--sizes", "32", "64", "--output", str(output), "--device", "cpu"]
     arguments += ["--num_prompts", "4", "--batch_size", "2", "--steps", "2", "--patches", "1", "--sheet_rows", "3"]
     report = main([*arguments, "--also", "acceleration", "presets"])
-    assert "Budget: 9 rows of 4 pictures" in capsys.readouterr().out
+    assert "Budget: 10 rows of 4 pictures" in capsys.readouterr().out
     assert report["gflops"]["64"]["bicubic"] == 0 < report["gflops"]["64"]["full"] < report["gflops"]["64"]["direct"]
     rows = report["results"]["64"]
     assert list(rows) == [
@@ -107,6 +107,8 @@ def test_the_command_measures_every_row_and_goes_on_where_it_stopped(tmp_path, c
     assert set(rows["other scenes"]) == {"frechet", "frechet_patches"}
     assert rows["bicubic"]["low_band"]["value"] > 0.999
     assert "minus_full" not in rows["full"]["frechet"]
+    assert report["gflops"]["64"]["bicubic, sharpened"] == 0
+    assert rows["bicubic, sharpened"]["edge_sharpness"]["value"] > rows["bicubic"]["edge_sharpness"]["value"]
     bicubic, full = rows["bicubic"]["edge_sharpness"], rows["full"]["edge_sharpness"]
     assert bicubic["minus_full"] == pytest.approx(bicubic["value"] - full["value"])
     with Image.open(output / "contact_sheet_64.png") as sheet:

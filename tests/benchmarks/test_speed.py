@@ -43,6 +43,8 @@ def test_ralu_beside_its_flops(model, presets, tmp_path):
 def test_hiflow_stage_by_stage(tmp_path):
     report = rows_of(hiflow, tmp_path)
     assert [(stage["size"], stage["steps"]) for stage in report["stages"]] == [(64, 4), (128, 2), (256, 1)]
+    rate, alone = report["stages"][-1]["tflops_s"], report["attention_tflops_s"]
+    assert report["of_attention_percent"] == pytest.approx(100 * rate / alone)
     parts = report["network_s"] + report["autoencoder_s"] + report["outside_s"]
     assert parts == pytest.approx(report["total_s"])
 

@@ -254,5 +254,8 @@ def test_the_large_field_has_the_low_band_of_the_small_one():
     large = euler(started, tail, 2, full)
     assert abs(none) < 0.1 and init > 0.8  # -0.02 and 0.88 when this was written
     assert correlation(large) > 0.97, correlation(large)
+    # From noise alone the other two alignments do not bring all of it back: 0.987 and 0.937 when this was written.
+    again = StageAlignment(base.predictions, ramp, [0.5 * a for a in ramp], 0.2)
+    assert correlation(euler(large_noise, tail, 2, again)) < correlation(large) - 0.03
     # Above the band that the small one could have, new detail appears.
     assert (large - lowpass(large, 0.6)).std() > 2 * (small - lowpass(small, 0.6)).std()

@@ -15,6 +15,7 @@ import sample
 from evaluation.rendering import load_pipeline
 from solver import ConsistencySolverScheduler
 from solver.samplers.calls import text_length
+from solver.samplers.grids import shifted
 from solver.samplers.hiflow.explain import FAMILIES, as_table, explain
 from solver.samplers.hiflow.plan import PRESETS, known_size, plan_stages, with_changes, with_steps
 from solver.samplers.latents import initial_noise, latent_shape, pack
@@ -37,6 +38,13 @@ def test_the_codes_ladder_on_flux_dev():
         (0.2, 1.0, 0.5),
         (0.2, 0.25, 0.5),
     ]
+
+
+def test_static_shift_of_three_begins_the_tails_where_the_table_says():
+    """18, 16, 10 and 9 of 30 steps, on the grid that the public code means to run."""
+    grid = shifted(30, 4096, shift=3.0).tolist()
+    starts = [grid[30 - count] for count in (18, 16, 10, 9)]
+    assert starts == pytest.approx([0.818, 0.774, 0.600, 0.5625], abs=5e-4)  # the table has 0.563
 
 
 def test_the_papers_ladder():

@@ -469,6 +469,29 @@ def test_lora_in_all_stages():
     torch.testing.assert_close(fused.images[-1], adapted.images[-1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_lora_from_a_file(family, tmp_path):
+    """As it is published: loaded by the pipeline, scaled there, and unloaded."""
+    peft = pytest.importorskip("peft")
+    pipe, call = prepared(family)
+    plain = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    trained, _ = prepared(family)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    denoiser(trained).add_adapter(config)
+    kind = "transformer" if denoiser(pipe) is pipe.components.get("transformer") else "unet"
+    layers = {f"{kind}_lora_layers": peft.get_peft_model_state_dict(denoiser(trained))}
+    trained.save_lora_weights(tmp_path, **layers)
+    expected = hiflow(trained, None, 1, (32, 64), CODE, call=call)
+    pipe.load_lora_weights(tmp_path)
+    loaded = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    assert torch.equal(loaded.images[-1], expected.images[-1])
+    assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(loaded.images, plain.images, strict=True))
+    pipe.unload_lora_weights()
+    unloaded = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    torch.testing.assert_close(unloaded.images[-1], plain.images[-1], rtol=0, atol=1e-5)
+
+
 class Int8Linear(nn.Module):
     """Weight-only quantisation: eight bits and a scale a row."""
 
