@@ -123,17 +123,17 @@ def hiflow(
         sizes: in pixels, the one that the model knows first: sides of squares, or (height, width).
         preset: "code" or "paper", in as many steps as the model is distilled to; or a `plan.Recipe`, as it is; with
             other numbers of steps see `plan.with_steps`.
-        image: a picture of the first size to start from instead of rendering it: PIL, or (B or 1, 3, H, W) in [0, 1].
-            Its latents are the reference at every noise level. It may be smaller or larger than what the model knows.
+        image: a picture of the first size to start from instead of rendering it: PIL (turned as its EXIF says, on
+            white where it is transparent), or (B or 1, 3, H, W) in [0, 1]. Its latents are the reference at every
+            noise level. It may be smaller or larger than what the model knows.
         guidance_scale: one, or one a stage; by default the recipe's for FLUX.1-dev, else the pipeline's own. Where a
             pipeline calls it `true_cfg_scale`, it is that, with an empty negative prompt unless `call` has one.
         alignment: "full", or less of it, to see what it does: "none" (the last size alone, from noise), "init",
             "init+direction".
-        scheduler: the solver of all stages: FlowMatchEulerDiscreteScheduler, DDIMScheduler or a learned
-            ConsistencySolverScheduler, with its own shift. By default the pipeline's own, or the first two in its
-            configuration.
+        scheduler: the solver of all stages: FlowMatchEulerDiscreteScheduler with its own shift, DDIMScheduler or a
+            learned ConsistencySolverScheduler. By default the pipeline's own, or the first two in its configuration.
         call: further arguments of the pipeline: embeddings, a negative prompt, a control image (which is resized for
-            each stage), Kontext's image to edit.
+            each stage, and encoded without noise), Kontext's image to edit.
         ignore_memory: go on where the estimate says that it cannot fit.
         smaller: what an earlier call left that was the same with fewer of these sizes: only the others are rendered,
             and the pictures are those of a single call. To choose before enlarging, or to enlarge one base in several
