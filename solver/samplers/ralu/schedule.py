@@ -25,9 +25,12 @@ COPIES = 4  # of a latent, when height and width are doubled
 Z_MIN = math.sqrt(COPIES)  # c = 1/Z² at most 1/4: beyond, the noise of a block of copies would have no covariance
 Z_MAX = 100.0
 SHIFT_BOUNDS = (0.5, 10.0)  # of the public code, whose plain run has shift 3
+FAR = 0.03  # distance from which on artefacts are said to show
+WORTH = 1e-3  # how much nearer another search has to come
 NARROWEST = 1e-3  # stage, in the paper's time: the grid on which densities are compared
 GRID = np.linspace(0.0, 1.0, 1000)  # the times at which densities are compared
 DENSITY_FLOOR = 1e-10
+LARGEST_SHIFT = 1e6  # beyond, all times of a plain run fall on one point of `GRID`
 PUBLISHED_SHIFT = 3.0  # of FLUX.1-dev and SD3's schedulers, static; for it the published presets were solved
 
 
@@ -54,8 +57,10 @@ class Schedule:
     def __post_init__(self):
         check_stages(self.steps, self.ends, self.ratio)
         check_Z(self.Z)
-        if len(self.shifts) != 3 or min(self.shifts) <= 0:
-            raise ValueError(f"shifts={self.shifts}: expected three positive numbers.")
+        if len(self.shifts) != 3 or not all(0 < h < math.inf for h in self.shifts):
+            raise ValueError(f"shifts={self.shifts}: expected three positive finite numbers.")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift={self.shift}: expected a positive number.")
 
     @property
     def c(self) -> float:
@@ -180,25 +185,26 @@ def solve(
     The bounds of the shifts grow with the shift of the plain run, which dynamic shifting makes large at large sizes.
 
     Args:
-        steps: N of each of the three stages.
-        ends: e of each, the last 1.
+        steps: N of each of the three stages, in a sequence or an array.
+        ends: e of each, the last 1; likewise.
         ratio: share of tokens with the full resolution in the second stage.
         shift: of the plain run, `scheduler_shift` of its scheduler.
         slack: how much worse than the best distance may be, for a smaller Z.
         Z_max: the largest Z tried.
         enough: a distance that is good enough, however much better another Z may be: about the best that there is for
-            the published 4x; artefacts are said to be gone at 0.03.
+            the published 4x; artefacts are said to be gone at `FAR`.
 
     Raises:
         ValueError: stages, ratio, shift, slack or Z_max make no sense.
     """
+    steps, ends = (values.tolist() if isinstance(values, np.ndarray) else values for values in (steps, ends))
     check_stages(steps, ends, ratio)
     steps, ends = tuple(steps), tuple(float(end) for end in ends)
-    if not 0 < shift < math.inf:
-        raise ValueError(f"shift={shift}: expected a positive number.")
+    if not 1 / LARGEST_SHIFT <= shift <= LARGEST_SHIFT:
+        raise ValueError(f"shift={shift}: expected a number from {1 / LARGEST_SHIFT:g} to {LARGEST_SHIFT:g}.")
     if slack < 0 or Z_max < Z_MIN:
         raise ValueError(f"slack={slack}, Z_max={Z_max}: expected at least 0 and {Z_MIN}.")
-    shifts, Z = _smallest_matching_Z(steps, ends, float(shift), slack, Z_max, enough)
+    shifts, Z = _match(steps, ends, float(shift), slack, Z_max, enough)
     return Schedule(tuple(int(n) for n in steps), ends, ratio, shifts, Z, float(shift))
 
 
@@ -209,13 +215,29 @@ def shift_bounds(shift: float) -> tuple[float, float]:
 
 
 @cache
-def _smallest_matching_Z(steps, ends, shift: float, slack: float, Z_max: float, enough: float):
-    """Best shifts for each Z of a coarse grid; the smallest Z within the slack, then closer by bisection."""
+def _match(steps, ends, shift: float, slack: float, Z_max: float, enough: float):
+    """Shifts and Z, searched as the public code does; where that stays far away, also in units of the plain shift.
 
-    def match(Z: float, start=(3.0, 3.0, 3.0)) -> tuple[float, float, tuple[float, float, float]]:
+    From 3 on the search does not find its way to the shifts of FLUX at 4096 px, whose plain run has 100 000.
+    """
+    found = _smallest_matching_Z(steps, ends, shift, slack, Z_max, enough, PUBLISHED_SHIFT, 1.0)
+    if found[0] > FAR:
+        other = _smallest_matching_Z(steps, ends, shift, slack, Z_max, enough, 1.0, shift)
+        found = other if other[0] < found[0] - WORTH else found
+    return found[2], found[1]
+
+
+def _smallest_matching_Z(steps, ends, shift, slack, Z_max, enough, first_guess: float, unit: float):
+    """Best shifts for each Z of a coarse grid; the smallest Z within the slack, then closer by bisection.
+
+    The guess is of all three shifts, in units in which the search walks. Returns distance, Z and shifts.
+    """
+
+    def match(Z: float, start=(first_guess * unit,) * 3) -> tuple[float, float, tuple[float, float, float]]:
         starts = stage_starts(ends, Z)
-        found = _best_shifts(steps, ends, starts, _target(ends, starts, shift), start, shift_bounds(shift))
-        return found.fun, Z, tuple(found.x.tolist())
+        target, bounds = _target(ends, starts, shift), shift_bounds(shift)
+        distance, shifts = _best_shifts(steps, ends, starts, target, start, bounds, unit)
+        return distance, Z, shifts
 
     tried = [match(Z) for Z in np.geomspace(Z_MIN, Z_max, 13).tolist()]
     enough = max(enough, (1 + slack) * min(distance for distance, _, _ in tried))
@@ -224,17 +246,19 @@ def _smallest_matching_Z(steps, ends, shift: float, slack: float, Z_max: float, 
     for _ in range(5 if first else 0):
         middle = match((worse + good[1]) / 2, good[2])
         good, worse = (middle, worse) if middle[0] <= enough else (good, middle[1])
-    return good[2], good[1]
+    return good
 
 
-def _best_shifts(steps, ends, starts, target, start, bounds):
+def _best_shifts(steps, ends, starts, target, start, bounds, unit: float) -> tuple[float, tuple[float, float, float]]:
     weights = np.asarray(steps) / sum(steps)
 
     def objective(shifts):
-        stages = zip(weights, shifts, starts, ends, strict=True)
+        stages = zip(weights, shifts * unit, starts, ends, strict=True)
         return _distance(sum(w * density(h, s, e) for w, h, s, e in stages), target)
 
-    return minimize(objective, start, method="L-BFGS-B", bounds=[bounds] * 3)
+    low, high = (bound / unit for bound in bounds)
+    found = minimize(objective, [h / unit for h in start], method="L-BFGS-B", bounds=[(low, high)] * 3)
+    return found.fun, tuple((found.x * unit).tolist())
 
 
 def at_bound(schedule: Schedule, Z_max: float = Z_MAX) -> list[str]:
@@ -251,7 +275,7 @@ def scheduler_shift(scheduler, tokens: int) -> float:
     the grid to a last sigma above 0 (`shift_terminal` of Qwen-Image) does not.
 
     Raises:
-        ValueError: the scheduler's config has neither a static shift nor a dynamic one.
+        ValueError: the scheduler's config has neither a static shift nor a dynamic one, or one without end.
     """
     config = scheduler.config
     if config.get("use_dynamic_shifting"):
@@ -259,7 +283,14 @@ def scheduler_shift(scheduler, tokens: int) -> float:
             config["max_image_seq_len"] - config["base_image_seq_len"]
         )
         mu = config["base_shift"] + slope * (tokens - config["base_image_seq_len"])
-        return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+        if config.get("time_shift_type", "exponential") != "exponential":
+            return mu
+        try:
+            return math.exp(mu)
+        except OverflowError:
+            raise ValueError(
+                f"{tokens} image tokens: the scheduler shifts by e^{mu:.0f}; take a smaller size."
+            ) from None
     shift = config.get("shift", config.get("flow_shift"))
     if shift is None:
         raise ValueError(f"{type(scheduler).__name__} has no shift in its config; pass shift=.")
@@ -272,7 +303,9 @@ def scheduler_shift(scheduler, tokens: int) -> float:
 
 
 def check_Z(Z: float) -> None:
-    """Raises ValueError for c > 1/4, for which the noise of a block of four copies has no covariance."""
+    """Raises ValueError for c = 0, and c > 1/4, for which the noise of a block of four copies has no covariance."""
+    if not math.inf > Z:
+        raise ValueError(f"Z={Z}: expected a finite number.")
     if not Z >= Z_MIN:
         raise ValueError(f"Z={Z}, c={1 / Z**2 if Z else math.inf:.4g}: expected Z at least 2, that is c at most 1/4.")
 
@@ -280,7 +313,7 @@ def check_Z(Z: float) -> None:
 def check_stages(steps: Sequence[int], ends: Sequence[float], ratio: float) -> None:
     """Raises ValueError unless these are three stages that rise to 1, with a ratio in (0, 1)."""
     if not all(isinstance(values, Sequence) and len(values) == 3 for values in (steps, ends)):
-        raise ValueError(f"steps={steps}, ends={ends}: expected three stages, each with a step count.")
+        raise ValueError(f"steps={steps}, ends={ends}: expected three stages in lists, each with a step count.")
     if any(not isinstance(n, Integral) or n < 1 for n in steps):
         raise ValueError(f"steps={tuple(steps)}: expected whole numbers of at least 1.")
     if ends[-1] != 1:

@@ -1,14 +1,17 @@
 """Stages, grids and NT-matching against the published numbers and against what they are derived from."""
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from solver.samplers.ralu.schedule import (
+    FAR,
     PRESETS,
     Schedule,
+    _smallest_matching_Z,
     at_bound,
     density,
     js_distance,
@@ -123,6 +126,21 @@ def test_solve_follows_the_shift_of_large_pictures(shift, distance):
     assert found.js_distance < distance and max(found.shifts) > 10 and not at_bound(found, Z_max=20)
 
 
+def test_solve_at_an_enormous_shift():
+    """FLUX at 4096 px, e^11.55: from shifts of 3 the search stays 0.19 away; a search in units of it does not."""
+    found = solve((5, 6, 7), (0.3, 0.45, 1.0), 0.3, math.exp(11.55))
+    assert found.js_distance < 0.02 and min(found.shifts) > 1e5
+
+
+def test_the_second_search_leaves_small_shifts_alone():
+    """2x at a shift of 3 stays 0.036 away wherever the search begins: its answer is that of the first, to the bit."""
+    preset = PRESETS["2x"]
+    settings = preset.steps, preset.ends, 3.0, 0.05, 20.0, 0.017
+    distance, Z, shifts = _smallest_matching_Z(*settings, first_guess=3.0, unit=1.0)
+    found = solve(preset.steps, preset.ends, preset.ratio, 3.0)
+    assert distance > FAR and (found.Z, found.shifts) == (Z, shifts)
+
+
 def test_solve_does_not_run_away():
     """At Wan's shift 8 the public search ends at Z = 100 and forgets the small picture."""
     shifts, Z = published_search((5, 6, 7), (0.3, 0.45, 1.0), shift=8.0)
@@ -151,6 +169,8 @@ def test_shift_that_the_scheduler_really_uses():
     assert scheduler_shift(dynamic, 4096) == pytest.approx(3.158, abs=1e-3)
     assert scheduler_shift(dynamic, 256) == pytest.approx(np.exp(0.5))
     assert scheduler_shift(FlowMatchEulerDiscreteScheduler(shift=2.5), 4096) == 2.5
+    with pytest.raises(ValueError, match=r"16777216 image tokens: the scheduler shifts by e\^2840; take a smaller"):
+        scheduler_shift(dynamic, 4096**2)
     dynamic.set_timesteps(sigmas=np.linspace(1, 0.25, 4), mu=0.5)
     assert dynamic.sigmas.tolist() == pytest.approx(sigma_grid(1, 0, scheduler_shift(dynamic, 256), 4), abs=1e-6)
 
@@ -167,11 +187,35 @@ def test_shift_that_the_scheduler_really_uses():
         ({"ratio": 1.0}, "ratio=1.0"),
         ({"shift": -1.0}, "shift=-1.0"),
         ({"shift": math.inf}, "shift=inf"),
+        ({"shift": math.nan}, "shift=nan"),
+        ({"shift": 2e6}, r"shift=2000000.0: expected a number from 1e-06 to 1e\+06"),
+        ({"ends": np.eye(3)}, "end at 1"),
     ],
 )
 def test_bad_stages(change, message):
     with pytest.raises(ValueError, match=message):
         solve(**{"steps": (5, 6, 7), "ends": (0.3, 0.45, 1.0), "ratio": 0.3, "shift": 3.0, **change})
+
+
+def test_stages_in_arrays():
+    expected = solve((5, 6, 7), (0.3, 0.45, 1.0), 0.3, 3.0)
+    assert solve(np.array([5, 6, 7]), np.array([0.3, 0.45, 1.0]), 0.3, 3.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"Z": math.inf}, "Z=inf: expected a finite number"),
+        ({"Z": math.nan}, "Z=nan: expected a finite number"),
+        ({"shifts": (3.0, math.nan, 3.0)}, r"shifts=.*nan.*three positive finite numbers"),
+        ({"shifts": (3.0, 3.0, math.inf)}, "three positive finite numbers"),
+        ({"shift": math.nan}, "shift=nan"),
+        ({"steps": np.array([5, 6, 7])}, "three stages in lists"),
+    ],
+)
+def test_numbers_that_would_make_no_picture(change, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**{**asdict(PRESETS["4x"]), **change})
 
 
 def test_c_above_a_quarter():
