@@ -85,7 +85,9 @@ def recipe_of(facts: Mapping[str, str], image: Path | None = None) -> Recipe:
     if missing := [name for name in ("prompt", "seed", "solver", "steps") if name not in facts]:
         raise ValueError(f"The picture does not say its {', '.join(missing)}, so it cannot be made again from itself.")
     if re.match(r"ralu\b", facts["solver"]):
-        raise ValueError("The picture was made by `sample.py ralu`, whose schedule it does not remember.")
+        raise ValueError(
+            f"The picture was made by `sample.py ralu`, and no recipe holds its schedule; {PREFIX}ralu says it."
+        )
     kinds = {"seed": int, "steps": int, "full_steps": int, "height": int, "width": int, "guidance_scale": float}
     values = {field.name: facts[field.name] for field in fields(Recipe) if field.name in facts}
     for name in kinds.keys() & values.keys():

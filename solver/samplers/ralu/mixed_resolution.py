@@ -8,9 +8,9 @@ The hooks gather one token for a coarse cell and four for a fine one, give them 
 velocity back; every solver that is linear in latents and velocities keeps cells constant, so this is the token list of
 the paper, while the pipeline never knows. Afterwards the transformer is as it was.
 
-Covered: FLUX.1 (with Kontext: the tokens of the reference image stay), Qwen-Image (with Edit), SD3 and SD3.5. There is
-one mask for all rows of a call, that is for the branches of the guidance. Qwen-Image rescales its guidance token by
-token on the full grid: with copy="token" that is the coarse token's own scale, with "pixel" its four places differ.
+Covered: FLUX.1 (with Kontext: the tokens of the reference image stay), Qwen-Image, SD3 and SD3.5. There is one mask
+for all rows of a call, that is for the branches of the guidance. Qwen-Image rescales its guidance token by token on
+the full grid: with copy="token" that is the coarse token's own scale, with "pixel" its four places differ.
 
 Shape suffixes: B rows, C channels, H W latents, h w cells, N tokens of the mixed sequence, D channels of a token.
 """
@@ -22,7 +22,7 @@ from functools import cached_property
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
+from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed_from_grid
 from torch import Tensor, nn
 
 from solver.samplers.ralu.noise import enlarge, on_grid, reduce
@@ -273,6 +273,15 @@ def require_mixable(denoiser: nn.Module) -> None:
     raise ValueError(f"RALU cannot run on a {name}: {why}. It runs on {', '.join(FAMILIES)}.")
 
 
+def require_positions(transformer: nn.Module, rows: int, columns: int) -> None:
+    """Raises ValueError if it has no positions for mixed tokens, or none for a full picture of so many cells."""
+    cells = torch.zeros(rows, columns, dtype=torch.bool)
+    FAMILIES[type(transformer).__name__](transformer, MixedTokens(cells, units="full"))
+    embedder = transformer.pos_embed
+    if isinstance(embedder, PatchEmbed) and not embedder.pos_embed.is_meta:  # as it is where weights are offloaded
+        sd3_positions(embedder, MixedTokens(cells, units="full"))
+
+
 @contextmanager
 def mixed_resolution(
     transformer: nn.Module, fine_hw: Tensor, copy: str = "pixel", anchor: str = "centre", units: str = "small"
@@ -298,12 +307,13 @@ def mixed_resolution(
 @contextmanager
 def hooked(module: nn.Module, hook: ModelHook, name: str) -> Iterator[None]:
     """Registers a hook, and afterwards takes away also what the registry leaves behind."""
-    before = {name: module.__dict__[name] for name in ("forward", "_diffusers_hook") if name in module.__dict__}
+    attributes = ("forward", "_diffusers_hook")
+    before = [attribute for attribute in attributes if attribute in module.__dict__]
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
     try:
         yield
     finally:
         module._diffusers_hook.remove_hook(name, recurse=False)
-        for name in ("forward", "_diffusers_hook"):
-            if name not in before:
-                del module.__dict__[name]
+        for attribute in attributes:
+            if attribute not in before:
+                del module.__dict__[attribute]

@@ -10,9 +10,28 @@ from dataclasses import replace
 
 from solver.samplers.cost import Network, decoding_flops, image_tokens, run_flops, text_length
 from solver.samplers.ralu.edges import number_of_fine
-from solver.samplers.ralu.schedule import PRESETS, Schedule, at_bound, solve
+from solver.samplers.ralu.schedule import FAR, LARGEST_SHIFT, PRESETS, Schedule, at_bound, js_distance, solve
 
 LONGEST_TEXT = 2**16  # tokens
+USUAL_GUIDANCE = 3.0
+
+
+def default_preset(sd3: bool, few_steps: bool) -> str:
+    """The preset where none is named: of a model of SD3's family, or of another; `few_steps` if distilled to four."""
+    if few_steps:
+        return "turbo"
+    return "2x" if sd3 else "4x"
+
+
+def default_guidance(preset: str | None, few_steps: bool, told: bool) -> float:
+    """The guidance scale of `sample.py ralu` where none is given: none at all for models distilled to a few steps.
+
+    Args:
+        preset: that was named; "turbo" is for these models, some of which do not say that they are.
+        few_steps: whether the model says it.
+        told: whether the model is told its guidance scale, as FLUX.1-dev, which makes no second evaluation.
+    """
+    return 1.0 if (few_steps or preset == "turbo") and not told else USUAL_GUIDANCE
 
 
 def as_schedule(
@@ -66,6 +85,8 @@ def plan(
     text_tokens: int | None = None,
     attention: bool = True,
     reference_tokens: int = 0,
+    branches: int | None = None,
+    own_shift: float | None = None,
 ) -> dict:
     """Stages, NT-matching and TFLOPs of one picture: text encoders, denoiser, decoders of the small and the full one.
 
@@ -79,6 +100,8 @@ def plan(
         text_tokens: the network's usual number where it is None.
         attention: whether attention is counted; publications often leave it out.
         reference_tokens: of a picture to edit, which run along in every stage.
+        branches: evaluations a step, as many prompts are encoded; the network's usual number where it is None.
+        own_shift: that the scheduler really uses; what is matched to another one has a distance to it too.
 
     Raises:
         ValueError: the size does not divide by twice a token, or a number is too small.
@@ -89,6 +112,9 @@ def plan(
         raise ValueError(f"plain_steps={plain_steps}: expected at least 1.")
     if text_tokens is not None and not 0 < text_tokens <= LONGEST_TEXT:
         raise ValueError(f"text_tokens={text_tokens}: expected 1 to {LONGEST_TEXT}.")
+    if branches is not None:
+        encoding = network.text_encoding * branches / network.branches
+        network = replace(network, branches=branches, text_encoding=encoding)
     network = network if text_tokens is None else text_length(network, text_tokens)
     full = image_tokens(network, height, width)
     tokens = stage_tokens(schedule, full)
@@ -107,14 +133,17 @@ def plan(
             {"tokens": n, "steps": steps, "sigmas": sigmas}
             for n, steps, sigmas in zip(tokens, schedule.steps, schedule.stage_sigmas(), strict=True)
         ],
-        "nt_matching": {
-            "h": list(schedule.shifts),
-            "Z": schedule.Z,
-            "c": schedule.c,
-            "js_distance": schedule.js_distance,
-        },
+        "nt_matching": _nt_matching(schedule, own_shift),
         "tflops": {"total": total, "plain": plain, "ratio": plain / total, "attention_counted": attention},
     }
+
+
+def _nt_matching(schedule: Schedule, own_shift: float | None) -> dict:
+    facts = {"h": list(schedule.shifts), "Z": schedule.Z, "c": schedule.c, "js_distance": schedule.js_distance}
+    if own_shift is not None and own_shift != schedule.shift and own_shift <= LARGEST_SHIFT:
+        distance = js_distance(schedule.steps, schedule.ends, schedule.shifts, schedule.Z, own_shift)
+        facts["own_shift"] = {"shift": own_shift, "js_distance": distance}
+    return facts
 
 
 def as_table(planned: dict) -> str:
@@ -127,6 +156,12 @@ def as_table(planned: dict) -> str:
     shifts = ", ".join(f"{h:.3f}" for h in match["h"])
     rows.append(f"NT-matching: h = {shifts}; Z = {match['Z']:.3f}, c = {match['c']:.4f}")
     rows.append(f"             Jensen-Shannon distance {match['js_distance']:.4f}")
+    distance = match["js_distance"]
+    if (own := match.get("own_shift")) is not None:
+        distance = own["js_distance"]
+        rows.append(f"             {distance:.4f} to the scheduler's own shift, {own['shift']:.3f}")
+    if distance > FAR:
+        rows.append(f"Farther than {FAR} from the plain run's timesteps: artefacts are said to show.")
     counted = "with" if cost["attention_counted"] else "without"
     rows.append(f"TFLOPs {counted} attention: {cost['total']:.1f}, plain {cost['plain']:.1f}: {cost['ratio']:.2f}x")
     if cost["ratio"] < 1:

@@ -81,7 +81,8 @@ def row_of(call: dict, i: int, rows: int) -> dict:
     def row(name, value):
         if name.endswith("ip_adapter_image_embeds") and value is not None:  # a tensor an adapter
             return [one[i : i + 1] if len(one) == rows else one for one in value]
-        batched = "prompt" in name or name == "image"
+        single = isinstance(value, Tensor | np.ndarray) and value.ndim < 4  # one picture, channels first
+        batched = "prompt" in name or (name == "image" and not single)
         if batched and isinstance(value, Tensor | np.ndarray | list | tuple) and len(value) == rows:
             return value[i : i + 1]
         return value

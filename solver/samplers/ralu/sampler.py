@@ -11,13 +11,22 @@ the cascade can set to given sigmas work as they do without. Whatever is random 
 Source: arXiv 2507.08422. `Choices()` is what we think right, `PUBLISHED` what the public code does.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, TaylorSeerCacheConfig
+from diffusers import (
+    DiffusionPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    SchedulerMixin,
+    StableDiffusion3Pipeline,
+    TaylorSeerCacheConfig,
+)
 from torch import Tensor
 
 from solver.samplers.caches import cached, require_cache
@@ -29,6 +38,7 @@ from solver.samplers.cascade import (
     require_flow,
     run_segment,
 )
+from solver.samplers.hiflow.inputs import is_distilled_to_few_steps
 from solver.samplers.latents import (
     as_seeds,
     decode,
@@ -41,12 +51,14 @@ from solver.samplers.latents import (
     vae_factor,
 )
 from solver.samplers.ralu.edges import LUMA, edge_scores, number_of_fine, select, sobel_scores
-from solver.samplers.ralu.mixed_resolution import ANCHORS, UNITS, mixed_resolution, require_mixable
+from solver.samplers.ralu.mixed_resolution import ANCHORS, UNITS, mixed_resolution, require_mixable, require_positions
 from solver.samplers.ralu.noise import COPIES, enlarge, injected_noise, on_grid, reduce, white_noise
-from solver.samplers.ralu.plan import as_schedule
+from solver.samplers.ralu.plan import as_schedule, default_preset
 from solver.samplers.ralu.prompts import encoded, row_of
 from solver.samplers.ralu.schedule import Schedule, restart, scheduler_shift
 
+PIPELINES = (FluxPipeline, FluxKontextPipeline, StableDiffusion3Pipeline, QwenImagePipeline)
+OTHER_STARTS = ("strength", "mask_image")  # arguments of pipelines that do not begin with noise alone
 KNOWN_CHOICES = {
     "edges": ("canny", "sobel", "random"),
     "luma": LUMA,
@@ -70,7 +82,8 @@ class Choices:
             latent space ("sobel"), or any ("random").
         luma: "full", or "clipped", which is blind to edges in the dark half.
         copy: how latents are copied: "pixel" (nearest neighbour) or "token" (whole patches, which tiles). Qwen-Image
-            scales its guidance token by token: with `true_cfg_scale`, only "token" leaves copies alike.
+            scales its guidance token by token: with `true_cfg_scale`, only "token" leaves copies alike, see
+            `own_choices`.
         anchor: where a coarse token sits: in the "centre" of its cell, or on its top left "corner".
         units: what positions count: tokens of the "small" picture, or of the "full" one.
         scaled_noise: whether the noise of untouched tokens has variance 1 - c instead of 1.
@@ -94,6 +107,28 @@ class Choices:
 PUBLISHED = Choices(luma="clipped", copy="token", anchor="corner", scaled_noise=False)
 
 
+def own_choices(pipe: DiffusionPipeline, call: dict | None = None) -> Choices:
+    """`Choices()`, but for guided Qwen-Image: copies of whole tokens, see there.
+
+    Args:
+        pipe, call: as of `ralu`.
+    """
+    call = call or {}
+    negative = any(call.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+    if not isinstance(pipe, QwenImagePipeline) or not negative:
+        return Choices()
+    scale = call.get("true_cfg_scale", inspect.signature(pipe.__call__).parameters["true_cfg_scale"].default)
+    return Choices(copy="token") if scale > 1 else Choices()
+
+
+def own_preset(pipe: DiffusionPipeline) -> str:
+    """The preset of its family: 4x of FLUX.1 and Qwen-Image, 2x of SD3, turbo of schnell.
+
+    That SD3.5 Large Turbo is distilled, it does not say; name its preset.
+    """
+    return default_preset(isinstance(pipe, StableDiffusion3Pipeline), is_distilled_to_few_steps(pipe))
+
+
 class RaluResult(NamedTuple):
     """What a run leaves.
 
@@ -115,14 +150,14 @@ def ralu(
     pipe: DiffusionPipeline,
     prompt: str | Sequence[str] | None,
     seed: int | Sequence[int],
-    preset: str | Schedule = "4x",
+    preset: str | Schedule | None = None,
     height: int | None = None,
     width: int | None = None,
     steps: Sequence[int] | None = None,
     ends: Sequence[float] | None = None,
     ratio: float | None = None,
     shift: float | str | None = None,
-    choices: Choices = Choices(),
+    choices: Choices | None = None,
     scheduler: SchedulerMixin | None = None,
     cache=None,
     call: dict | None = None,
@@ -133,12 +168,12 @@ def ralu(
         pipe: a stock pipeline on FLUX.1 (dev, schnell, Kontext), SD3, SD3.5 or Qwen-Image. Afterwards it is as it was.
         prompt: one, or B. None where `call` has embeddings.
         seed: one a picture; the same picture whatever else is in the batch.
-        preset: a name of `schedule.PRESETS`, or a `Schedule`.
+        preset: a name of `schedule.PRESETS`, or a `Schedule`; `own_preset` where it is None.
         height, width: in pixels, multiples of 32 for the published models; the pipeline's own where they are None.
         steps, ends: of a schedule of one's own, solved for the scheduler's real shift.
         ratio: share of cells that are fine early; the preset's where it is None.
         shift: solve the preset for this shift of the plain run, or for the scheduler's ("own"); as published if None.
-        choices: see `Choices`.
+        choices: see `Choices`; `own_choices` where it is None.
         scheduler: the solver within each stage, e.g. a learned one; the pipeline's own if None. Stages begin without
             history.
         cache: configuration of a feature cache of diffusers, switched on for each stage afresh. With TaylorSeer the
@@ -151,13 +186,15 @@ def ralu(
     """
     if isinstance(shift, str) and shift != "own":
         raise ValueError(f"shift={shift!r}: expected a number, 'own' or None.")
-    if not isinstance(choices, Choices):
+    if not isinstance(choices, Choices | None):
         raise ValueError(f"choices={choices!r}: expected Choices(...).")
     run = prepare(pipe, prompt, seed, height, width, call)
     require_deterministic(pipe.scheduler if scheduler is None else scheduler)
     require_cache(pipe, cache)
     if shift == "own" or (steps is not None and shift is None):
         shift = scheduler_shift(pipe.scheduler, run.tokens)
+    preset = own_preset(pipe) if preset is None else preset
+    choices = own_choices(pipe, call) if choices is None else choices
     schedule = as_schedule(preset, steps, ends, ratio, shift)
     number_of_fine(schedule.ratio, run.tokens // 4)  # raises if it is none
     sigmas = schedule.stage_sigmas()
@@ -235,6 +272,12 @@ def prepare(pipe, prompt, seed, height=None, width=None, call: dict | None = Non
     require_deterministic(pipe.scheduler)
     if pipe.components.get("controlnet") is not None:
         raise ValueError(f"{type(pipe).__name__}: a ControlNet answers for the full grid, RALU's tokens are mixed.")
+    takes = inspect.signature(pipe.__call__).parameters
+    if not isinstance(pipe, PIPELINES) or any(name in takes for name in OTHER_STARTS):
+        raise ValueError(
+            f"{type(pipe).__name__}: RALU begins with noise and a prompt. Take the text-to-image pipeline of the same "
+            f"model, one of {', '.join(known.__name__ for known in PIPELINES)}."
+        )
     require_cache(pipe, None)
     if patch_size(pipe) != 2:
         raise ValueError(f"Tokens of {patch_size(pipe)} x {patch_size(pipe)} latents: RALU is made for 2 x 2.")
@@ -246,6 +289,7 @@ def prepare(pipe, prompt, seed, height=None, width=None, call: dict | None = Non
         raise ValueError(
             f"height={height}, width={width}: RALU needs positive multiples of {multiple}, twice a token."
         )
+    require_positions(transformer, height // multiple, width // multiple)
     call, seeds = _picture_call(prompt, seed, dict(call or {}))
     return Run(pipe, encoded(pipe, call), height, width, [seeded(one) for one in seeds])
 

@@ -6,9 +6,9 @@ import pytest
 
 import sample
 from evaluation.commands.ralu import FAMILIES
-from solver.samplers.cost import NETWORKS, text_length
+from solver.samplers.cost import NETWORKS, decoding_flops, text_length
 from solver.samplers.ralu.plan import as_schedule, plan, stage_tokens
-from solver.samplers.ralu.schedule import PRESETS, PUBLISHED_SHIFT, solve
+from solver.samplers.ralu.schedule import PRESETS, PUBLISHED_SHIFT, js_distance, solve
 
 
 def test_shorter_prompts_cost_the_text_encoder_less_too():
@@ -98,7 +98,7 @@ def test_command_explains(capsys):
     planned = json.loads(capsys.readouterr().out)
     assert set(planned) == {"stages", "nt_matching", "tflops"}
     assert [set(stage) for stage in planned["stages"]] == [{"tokens", "steps", "sigmas"}] * 3
-    assert set(planned["nt_matching"]) == {"h", "Z", "c", "js_distance"}
+    assert set(planned["nt_matching"]) == {"h", "Z", "c", "js_distance", "own_shift"}
     assert planned["nt_matching"]["c"] == pytest.approx(0.02506, abs=1e-5)
     assert set(planned["tflops"]) == {"total", "plain", "ratio", "attention_counted"}
     command("--explain --family flux --steps 5 6 7 --ends .3 .45 1 --ratio .3 --shift 3")
@@ -112,6 +112,65 @@ def test_command_explains(capsys):
         command("--explain --family flux --steps 5 6 7 8 --ends .1 .3 .45 1")
     with pytest.raises(ValueError, match="--seed: needed"):
         sample.main(["ralu", "--model", "somewhere", "--prompt", "x"])
+
+
+def test_distance_to_the_shift_that_the_scheduler_has(capsys):
+    """Published presets are matched to 3, and FLUX's scheduler has 3.158 at 1024 px."""
+    command("--explain --family flux --json")
+    own = json.loads(capsys.readouterr().out)["nt_matching"]["own_shift"]
+    preset = PRESETS["4x"]
+    distance = js_distance(preset.steps, preset.ends, preset.shifts, preset.Z, own["shift"])
+    assert own == {"shift": pytest.approx(3.158, abs=1e-3), "js_distance": distance} and distance > preset.js_distance
+    command("--explain --family flux")
+    assert "0.0191 to the scheduler's own shift, 3.158\nTFLOPs" in capsys.readouterr().out
+    for line in ("--family flux --shift own", "--family sd3", "--family flux --height 16384 --width 16384"):
+        command(f"--explain --json {line}")
+        assert "own_shift" not in json.loads(capsys.readouterr().out)["nt_matching"]
+    command("--explain --family qwen-image")
+    assert "Farther than 0.03 from the plain run's timesteps" in capsys.readouterr().out
+
+
+def test_plans_of_guided_and_unguided_runs(capsys):
+    """Two evaluations a step where the pipeline makes two: not of FLUX.1-dev, which is told, nor of few steps."""
+
+    def tflops(line):
+        command(f"--explain --json --plain_steps 4 --without_attention {line}")
+        return json.loads(capsys.readouterr().out)["tflops"]["plain"]
+
+    for family, usual in (("sd3", 2), ("qwen-image", 2), ("flux", 1), ("flux-schnell", 1), ("sd3.5-large-turbo", 1)):
+        told = family == "flux"
+        scales = {f"--guidance_scale {scale}": 1 if told else branches for scale, branches in ((1, 1), (3, 2))}
+        for given, branches in {"": usual, **scales}.items():
+            network = NETWORKS[FAMILIES[family].network]
+            planned = plan(network, PRESETS["4x"], 1024, 1024, 4, attention=False, branches=branches)
+            assert tflops(f"--family {family} {given}") == pytest.approx(planned["tflops"]["plain"])
+    one, two = (tflops(f"--family sd3 --guidance_scale {scale}") for scale in (1, 3))
+    decoding = decoding_flops(NETWORKS["sd3-medium"], 1024, 1024, attention=False) / 1e12
+    assert two - decoding == pytest.approx(2 * (one - decoding))
+    assert tflops("--family sd3 --preset turbo") == one
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--explain --family flux --seed 0 --prompt x", "--prompt, --seed: --explain plans a published model"),
+        ("--explain --family flux --dtype bfloat16 --published", "--dtype, --published: --explain plans"),
+        ("--model x --prompt x --seed 1 --family flux --json", "--family, --json: said to --explain only"),
+        ("--explain --family flux --preset 7x --steps 5 6 7 --ends .3 .45 1", "--preset 7x: --steps and --ends"),
+        ("--explain --family flux --guidance_scale nan", "--guidance_scale=nan"),
+        ("--explain --family flux --height 65536 --width 65536 --steps 5 6 7 --ends .3 .45 1", r"e\^2840"),
+        ("--explain --family flux --height 16384 --width 16384 --shift own", r"to 1e\+06"),
+    ],
+)
+def test_options_that_would_do_nothing(line, message):
+    with pytest.raises(ValueError, match=message):
+        command(line)
+
+
+def test_a_shift_that_is_none(capsys):
+    with pytest.raises(SystemExit):
+        command("--explain --family flux --shift abc")
+    assert "argument --shift: 'abc': expected a number, or own." in capsys.readouterr().err
 
 
 def test_the_command_plans_the_run_that_it_would_make(capsys):

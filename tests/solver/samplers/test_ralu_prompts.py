@@ -1,13 +1,17 @@
 """Prompts instead of embeddings: encoded once, the pictures are those of pipelines that encode in every stage."""
 
+import json
+
 import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import sample
+from evaluation.remembered import read, recipe_of
 from solver.samplers.calls import guidance, text_length
 from solver.samplers.ralu import sampler
+from solver.samplers.ralu.prompts import row_of
 from solver.samplers.ralu.sampler import ralu
 from solver.samplers.ralu.schedule import Schedule
 from tests.tiny_pipelines import SIZE, tiny_pipeline
@@ -71,6 +75,16 @@ def test_encoding_once_changes_nothing(family, monkeypatch):
     assert (second[0] - once[1]).abs().max() < 2e-5
 
 
+def test_rows_of_pictures_to_edit():
+    """One a prompt, in a batch or a list; one picture of three channels is no batch of three."""
+    batch = torch.rand(3, 3, 8, 8)
+    assert torch.equal(row_of({"image": batch}, 1, 3)["image"], batch[1:2])
+    assert torch.equal(row_of({"image": list(batch)}, 1, 3)["image"][0], batch[1])
+    for one in (batch[0], batch[0].numpy()):
+        assert row_of({"image": one}, 1, 3)["image"] is one
+    assert row_of({"prompt_embeds": batch[0]}, 1, 3)["prompt_embeds"].shape == (1, 8, 8)
+
+
 def guidance_of(pipe):
     if isinstance(pipe, StableDiffusion3Pipeline):
         return {"guidance_scale": 3.0, "negative_prompt": ["a cube", "a star"]}
@@ -86,3 +100,8 @@ def test_command_renders(tmp_path):
     for path in paths:
         sample.main(["ralu", "--model", str(tmp_path / "model"), *line.split(), str(path)])
     assert paths[0].read_bytes() == paths[1].read_bytes()
+    _, facts = read(paths[0])
+    assert facts["guidance_scale"] == "1.0"  # of four steps, in one branch as the plan has it
+    assert json.loads(facts["ralu"])["Z"] == 2 and json.loads(facts["ralu"])["copy"] == "pixel"
+    with pytest.raises(ValueError, match="no recipe holds its schedule; proofsheet:ralu says it"):
+        recipe_of(facts)

@@ -1,10 +1,21 @@
 """RALU on tiny pipelines of every family it covers: identities, exact fields, combinations, and bad input."""
 
+import inspect
 from types import MethodType
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, TaylorSeerCacheConfig
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImageInpaintPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    TaylorSeerCacheConfig,
+)
 from diffusers.hooks import apply_taylorseer_cache
 from peft import LoraConfig
 
@@ -17,8 +28,17 @@ from solver.samplers.ralu.mixed_resolution import require_mixable
 from solver.samplers.ralu.noise import siblings, white_noise
 from solver.samplers.ralu.plan import stage_tokens
 from solver.samplers.ralu.prompts import encoded
-from solver.samplers.ralu.sampler import PUBLISHED, Choices, _full_at_last, fine_cells, prepare, ralu
-from solver.samplers.ralu.schedule import Schedule, scheduler_shift, solve
+from solver.samplers.ralu.sampler import (
+    PUBLISHED,
+    Choices,
+    _full_at_last,
+    fine_cells,
+    own_choices,
+    own_preset,
+    prepare,
+    ralu,
+)
+from solver.samplers.ralu.schedule import PRESETS, Schedule, scheduler_shift, solve
 from tests.flops import flop_counter
 from tests.tiny_pipelines import SIZE, WORDS, tiny_pipeline
 
@@ -372,6 +392,96 @@ def test_bad_pipelines():
         run(pipe, call)
 
 
+@pytest.mark.parametrize(
+    ("family", "other"),
+    [
+        ("flux", FluxImg2ImgPipeline),
+        ("flux", FluxFillPipeline),
+        ("flux", FluxControlPipeline),
+        ("sd3", StableDiffusion3Img2ImgPipeline),
+        ("qwen-image", QwenImageInpaintPipeline),
+    ],
+)
+def test_pipelines_that_begin_with_a_picture(family, other):
+    """They would go on from pure noise, and leave the picture out."""
+    pipe, call = tiny(family)
+    known = inspect.signature(other.__init__).parameters
+    other = other(**{name: part for name, part in pipe.components.items() if name in known})
+    with pytest.raises(ValueError, match=f"{type(other).__name__}: RALU begins with noise and a prompt"):
+        run(other, call)
+
+
+def test_pipelines_of_ones_own():
+    """What inherits a pipeline is one, unless it asks for more."""
+
+    class Mine(FluxPipeline):
+        pass
+
+    class Edits(FluxPipeline):
+        def __call__(self, *args, strength=0.6, **others):
+            return super().__call__(*args, **others)
+
+    pipe, call = tiny("flux")
+    expected = run(pipe, call).latents_BCHW
+    mine, edits = (one.from_pipe(pipe) for one in (Mine, Edits))
+    mine.set_progress_bar_config(disable=True)
+    assert torch.equal(run(mine, call).latents_BCHW, expected)
+    with pytest.raises(ValueError, match="Edits: RALU begins with noise"):
+        run(edits, call)
+
+
+def test_guided_qwen_image_copies_whole_tokens():
+    """Its guidance is scaled token by token; unguided, or of other families, latents are copied."""
+    pipe, call = tiny("qwen-image")
+    assert own_choices(pipe, call) == Choices(copy="token")
+    assert torch.equal(run(pipe, call).latents_BCHW, run(pipe, call, choices=Choices(copy="token")).latents_BCHW)
+    assert own_choices(pipe, {**call, "true_cfg_scale": 1.0}) == own_choices(pipe) == Choices()
+    usual = {name: value for name, value in call.items() if name != "true_cfg_scale"}  # the pipeline's own is 4
+    assert own_choices(pipe, usual) == own_choices(pipe, {"negative_prompt": [""]}) == Choices(copy="token")
+    for family in ("flux", "sd3"):
+        assert own_choices(*tiny(family)) == Choices()
+
+
+def test_presets_of_families():
+    """As `--explain` has them; schnell's grid is not shifted, and it is told no guidance."""
+    pipes = {family: tiny(family)[0] for family in FAMILIES}
+    found = {family: own_preset(pipe) for family, pipe in pipes.items()}
+    assert found == {"flux": "4x", "flux-kontext": "4x", "sd3": "2x", "sd35": "2x", "qwen-image": "4x"}
+    schnell, call = tiny("flux")
+    schnell.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    config = {**schnell.transformer.config, "guidance_embeds": False}
+    schnell.register_modules(transformer=FluxTransformer2DModel.from_config(config).eval())
+    assert own_preset(schnell) == "turbo"
+    assert run(schnell, call, schedule=None).schedule == PRESETS["turbo"]
+    assert run(*tiny("sd3"), schedule=None).schedule == PRESETS["2x"]
+
+
+def count_evaluations(pipe):
+    evaluations = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: evaluations.append(1))
+    return evaluations
+
+
+def test_positions_that_are_missing_are_said_before_the_first_step():
+    """A foreign table, one that ends too soon for the last stage, and Qwen-Image with two timesteps."""
+    pipe, call = tiny("sd3")
+    evaluations = count_evaluations(pipe)
+    with pytest.raises(ValueError, match="A grid of 104 x 4 tokens: the position table ends at 96"):
+        ralu(pipe, None, 7, SHORT, 416, 16, call=call)
+    pipe.transformer.pos_embed.pos_embed = torch.rand_like(pipe.transformer.pos_embed.pos_embed)
+    with pytest.raises(ValueError, match="position table of this SD3 checkpoint"):
+        run(pipe, call)
+    pipe.transformer.pos_embed.to("meta")  # as it is offloaded: looked at in the stage
+    prepare(pipe, None, 7, SIZE, SIZE, call)
+    assert not evaluations
+    pipe, call = tiny("qwen-image")
+    evaluations = count_evaluations(pipe)
+    pipe.transformer.zero_cond_t = True
+    with pytest.raises(ValueError, match="one timestep for all tokens"):
+        run(pipe, call)
+    assert not evaluations
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_that_fails_leaves_no_trace(family):
     """In the second stage, where the hooks are: the pipeline is as it was, and so is the next picture."""
@@ -398,7 +508,7 @@ def test_what_does_not_fit_is_said_before_the_work():
     noisy = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
     cases = [
         ("draws noise at every step", {"scheduler": noisy}),
-        (r"choices=None: expected Choices", {"choices": None}),
+        (r"choices='token': expected Choices", {"choices": "token"}),
         (f"height={SIZE}.0, width={SIZE}", {"height": float(SIZE)}),
         ("preset=4: expected one of", {"preset": 4}),
     ]
