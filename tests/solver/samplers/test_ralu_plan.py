@@ -6,7 +6,7 @@ import pytest
 
 import sample
 from evaluation.commands.ralu import FAMILIES
-from solver.samplers.cost import NETWORKS, decoding_flops, text_length
+from solver.samplers.cost import NETWORKS, decoding_flops, run_flops, text_length
 from solver.samplers.ralu.plan import as_schedule, plan, stage_tokens
 from solver.samplers.ralu.schedule import PRESETS, PUBLISHED_SHIFT, js_distance, solve
 
@@ -39,6 +39,16 @@ def test_published_flops(row, family, preset, ratio, plain_steps, published):
     cost = plan(NETWORKS[family], as_schedule(preset, ratio=ratio), 1024, 1024, plain_steps, attention=False)["tflops"]
     assert cost["total"] == pytest.approx(row, rel=1e-3)
     assert cost["ratio"] == pytest.approx(published, rel=2e-3)
+
+
+@pytest.mark.parametrize(("full", "published"), [((3, 3, 4), 410.70), ((2, 3, 3), 331.38)])
+def test_published_flops_with_taylorseer(full, published):
+    """Only steps in full count there, of the 5x preset with 0.3 fine cells."""
+    network = NETWORKS["flux-dev"]
+    tokens = stage_tokens(as_schedule("5x", ratio=0.3), 4096)
+    denoiser = run_flops(network, list(zip(tokens, full, strict=True)), attention=False)
+    decoded = sum(decoding_flops(network, side, side, attention=False) for side in (512, 1024))
+    assert (network.text_encoding + denoiser + decoded) / 1e12 == pytest.approx(published, rel=2.5e-3)
 
 
 def test_with_attention_counted():
