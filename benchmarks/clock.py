@@ -11,6 +11,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry, ModelHook
 
 from solver.samplers.latents import denoiser
 
@@ -54,13 +55,23 @@ def evaluation_s(pipe: DiffusionPipeline, call: dict, repeats: int) -> float:
         return median_s(lambda: network(*args, **kwargs), repeats, pipe.device)
 
 
-class NetworkClock:
-    """Seconds inside a module's forward, by events on a GPU, so that nothing waits."""
+class NetworkClock(ModelHook):
+    """Seconds inside a module's own forward, by events on a GPU, so that nothing waits.
+
+    What hooks of diffusers do that are registered later is outside: those of RALU, which gather and scatter tokens.
+    Inside stay those on its submodules, which of SD3 gather and scatter too.
+    """
 
     def __init__(self, module: torch.nn.Module, device: torch.device):
+        super().__init__()
         self.cuda, self.marks = device.type == "cuda", []
-        module.register_forward_pre_hook(lambda *_: self.marks.append(self._now()))
-        module.register_forward_hook(lambda *_: self.marks.append(self._now()))
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(self, "clock")
+
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs):
+        self.marks.append(self._now())
+        answer = self.fn_ref.original_forward(*args, **kwargs)
+        self.marks.append(self._now())
+        return answer
 
     def _now(self):
         if not self.cuda:

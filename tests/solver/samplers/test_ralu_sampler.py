@@ -154,6 +154,10 @@ def test_gaussian_field_keeps_its_moments(Z):
     means = blocks.mean(-1)[0, :, :, :, 0].flatten(1) - 0.7  # one block a cell
     correlation = torch.corrcoef(torch.stack([means[0], means[1]]))[0, 1]
     assert abs(correlation) < 0.1
+    field = blocks.mean(-1).unflatten(-1, (2, 2)).permute(0, 1, 2, 4, 3, 5).flatten(-2).flatten(-3, -2) - 0.7
+    right, down = field[..., 1:] * field[..., :-1], field[..., 1:, :] * field[..., :-1, :]
+    for products in (right, down, right[..., 1::2], down[..., 1::2, :]):  # all neighbours; those of different cells
+        assert abs(products.mean().item()) < 0.1 * 0.5**2
 
 
 def test_unscaled_noise_is_seen_in_the_field():

@@ -88,11 +88,15 @@ def test_grid_is_uniform_before_the_shift():
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_published_search_reproduces_the_presets(name):
-    """With the public code's settings, to three decimals (SD3's as recomputed), and the distance that was printed."""
+    """With the public code's settings, to three decimals (SD3's as recomputed), and the distance that was printed.
+
+    At 7x our search stops 0.0014 before the public code's, in a valley that is flat.
+    """
     preset = PRESETS[name]
     shifts, Z = published_search(preset.steps, preset.ends)
-    assert shifts == pytest.approx(preset.shifts, abs=2e-3)
-    assert pytest.approx(preset.Z, abs=2e-3) == Z
+    near = 1.5e-3 if name == "7x" else 6e-4
+    assert shifts == pytest.approx(preset.shifts, abs=near)
+    assert pytest.approx(preset.Z, abs=near) == Z
     assert preset.js_distance == pytest.approx(DISTANCES[name], abs=4e-5)
 
 
