@@ -103,8 +103,8 @@ def check_output(path: Path) -> None:
 
 def refuse_unused(given: Namespace, names: Sequence[str], why: str) -> None:
     """Raises ValueError if one of these flags was given: nothing would come of it."""
-    # By identity: a seed of 0 was given.
-    if used := [f"--{name}" for name in names if not any(getattr(given, name) is unset for unset in (None, False))]:
+    values = {name: getattr(given, name) for name in names}
+    if used := [f"--{name}" for name, value in values.items() if value is not None and value is not False]:  # 0 counts
         raise ValueError(f"{', '.join(used)}: {why}; leave it out.")
 
 
