@@ -87,8 +87,14 @@ def test_preview(flux, arguments, tmp_path, capsys):
         equal["metrics"]["pixels"]["mean"] - rows["ours"]["metrics"]["pixels"]["mean"]
     )
 
-    # the bars: one line a pair, and the cheapest row that ours is ahead of in no metric
     text = (tmp_path / "table.md").read_text()
+    few = preview.main([*arguments, "--seeds_each", "2", "--rows", "naive nearest"])
+    assert list(rows_of(few)) == ["full run", "naive nearest", "ours"]
+    assert rows_of(few)["naive nearest"]["metrics"] == rows["naive nearest"]["metrics"]
+    with pytest.raises(ValueError, match="--rows nearly nearest: there are full run, Euler"):
+        preview.main([*arguments, "--rows", "nearly nearest"])
+
+    # the bars: one line a pair, and the cheapest row that ours is ahead of in no metric
     less = rows["ours"]["metrics"]["pixels"]["mean"] - rows["naive nearest"]["metrics"]["pixels"]["mean"]
     assert (
         f"| ours - naive nearest | {less:+.2f} [" in text and "| argmin, no guidance - random, no guidance |" in text
