@@ -2,12 +2,12 @@
 
     python -m benchmarks.quality.preview                                    # 10 minutes on 2 CPU cores
     python -m benchmarks.quality.preview --num_prompts 200 --sweep --dtype bfloat16 --solver runs/mini_flux/best
-    python -m benchmarks.quality.preview --num_prompts 32 --seeds_each 8 --rows "mean, D = 10, guidance" "Euler, 5 steps"
+    python -m benchmarks.quality.preview --num_prompts 32 --seeds_each 8 --rows "naive nearest" "Euler, 5 steps"
 
 The second makes the table of record, in an hour of a core that knows bfloat16; the third compares the ranks of 8
-candidates a prompt. 128 -> 64 px on zoo/mini-flux and held-out captions; whatever a row makes is compared at 64 px with
-the picture of the full run, area-downsampled. Writes metrics.json, table.md, figure.png and contact_sheet.png; finished
-rows are kept.
+candidates a prompt. 128 -> 64 px on zoo/mini-flux and held-out captions; whatever a row makes is compared at 64 px
+with the picture of the full run, area-downsampled. Writes metrics.json, table.md, figure.png and contact_sheet.png;
+finished rows are kept.
 """
 
 from collections.abc import Sequence
