@@ -138,7 +138,7 @@ def rows_of(paint: Painter, gain: tuple, sweep: bool) -> list[Row]:
     rows = [paint.plain(FULL, "Euler", steps, size, curve=FULL)]
     for label, solver in solvers.items():
         for fewer in sorted({*FEWER, max(2, equal // 2), equal}):
-            shown = fewer == equal and solver != "dpmpp2m"
+            shown = fewer == FEWER[2] and solver != "dpmpp2m"
             name = f"{label}, {fewer} steps"
             rows.append(paint.plain(name, solver, fewer, size, curve=label, against=OURS, in_sheet=shown))
     rows += [
@@ -151,8 +151,7 @@ def rows_of(paint: Painter, gain: tuple, sweep: bool) -> list[Row]:
     for solver in multistep:
         name = f"direct small, {FEW} steps of {solver}"
         rows.append(paint.plain(name, solver, FEW, size // 2, curve="direct small", against=OURS))
-    few = {solver: f"{OURS}, {FEW} small steps of {solver}" for solver in multistep}
-    rows += [paint.preview(few[solver], curve=few[solver], stepper=solver, small_steps=FEW) for solver in multistep]
+        rows.append(paint.preview(f"{OURS}, {FEW} small steps of {solver}", stepper=solver, small_steps=FEW))
     rows += _controls(paint)
     rows += _means(paint, gain, multistep)
     if sweep:
@@ -195,22 +194,20 @@ def _means(paint: Painter, gain: tuple, multistep: list[str]) -> list[Row]:
     """The block mean at its own noise level: without and with guidance and gain; then with few small steps."""
     steps, rows = paint.steps, []
     for switch in MEAN_SWITCHES:
-        name = f"{MEAN}, D = {_of(switch, steps)}"
-        rows.append(_mean(paint, name, switch, curve=MEAN, in_sheet=switch in (0, SWITCH)))
-        for solver in multistep:
-            few = f"{MEAN}, {FEW} small steps of {solver}"
-            at = f"{few}, D = {_of(switch, steps)}"
-            rows.append(_mean(paint, at, switch, curve=few, stepper=solver, small_steps=FEW, in_sheet=switch == 0.1))
-    at = f"D = {_of(SWITCH, steps)}"
+        rows.append(_mean(paint, f"{MEAN}, D = {_of(switch, steps)}", switch, curve=MEAN))
     for switch in SWITCHES:
         name = f"{MEAN}, D = {_of(switch, steps)}, guidance"
         rows.append(_mean(paint, name, switch, curve=MINE, in_sheet=switch == SWITCH, guided_steps=GUIDED))
-    rows.append(_mean(paint, f"{MEAN}, {at}, gain", SWITCH, gain=gain))
+    rows.append(_mean(paint, f"{MEAN}, D = {_of(SWITCH, steps)}, gain", SWITCH, gain=gain))
     for solver in multistep:
-        curve = f"{MEAN}, guidance, {FEW} small steps of {solver}"
-        for switch in MEAN_SWITCHES[1:]:
-            few = f"{MEAN}, {FEW} small steps of {solver}, D = {_of(switch, steps)}, guidance"
-            rows.append(_mean(paint, few, switch, curve=curve, guided_steps=GUIDED, stepper=solver, small_steps=FEW))
+        few, last = {"stepper": solver, "small_steps": FEW}, solver == multistep[-1]  # the figure has one of them
+        name = f"{MEAN}, {FEW} small steps of {solver}"
+        for switch in MEAN_SWITCHES:
+            at, shown = f"{name}, D = {_of(switch, steps)}", last and switch == 0
+            rows.append(_mean(paint, at, switch, curve=name if last else "", in_sheet=shown, **few))
+            if switch:
+                curve = f"{name}, guidance" if last else ""
+                rows.append(_mean(paint, f"{at}, guidance", switch, curve=curve, guided_steps=GUIDED, **few))
     return rows
 
 
