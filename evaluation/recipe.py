@@ -41,7 +41,7 @@ METHODS = {
 }
 SMALL = ("half", "both")  # methods whose pictures are half as wide and high
 LEARNED = ("solver", "both")
-SWITCH, GUIDED = 1 / 3, 1 / 6  # shares of the full run: the paper's 10 and 5 of 30 steps
+SWITCH = 1 / 3  # of the full run, the paper's 10 of 30 steps
 OF_SAMPLE = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "height", "width", "image")
 
 
@@ -167,7 +167,7 @@ def options(recipe: Recipe) -> PreviewOptions:
     """The half-size preview of a recipe: the usual one, scaled to its steps."""
     switch = round(SWITCH * recipe.full_steps)
     small = None if recipe.method == "half" else recipe.steps
-    guided = GUIDED if round(GUIDED * recipe.full_steps) else 0  # too few to guide any
+    guided = None if recipe.full_steps > 3 else 0  # too few to guide any
     return PreviewOptions(recipe.full_steps, switch=switch, guided_steps=guided, small_steps=small)
 
 

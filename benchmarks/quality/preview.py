@@ -197,7 +197,7 @@ def _means(paint: Painter, gain: tuple, multistep: list[str]) -> list[Row]:
         rows.append(_mean(paint, f"{MEAN}, D = {_of(switch, steps)}", switch, curve=MEAN))
     for switch in SWITCHES:
         name = f"{MEAN}, D = {_of(switch, steps)}, guidance"
-        rows.append(_mean(paint, name, switch, curve=MINE, in_sheet=switch == SWITCH, guided_steps=GUIDED))
+        rows.append(_mean(paint, name, switch, curve=MINE, in_sheet=switch == SWITCH, guided_steps=None))
     rows.append(_mean(paint, f"{MEAN}, D = {_of(SWITCH, steps)}, gain", SWITCH, gain=gain))
     for solver in multistep:
         few, last = {"stepper": solver, "small_steps": FEW}, solver == multistep[-1]  # the figure has one of them
@@ -207,7 +207,7 @@ def _means(paint: Painter, gain: tuple, multistep: list[str]) -> list[Row]:
             rows.append(_mean(paint, at, switch, curve=name if last else "", in_sheet=shown, **few))
             if switch:
                 curve = f"{name}, guidance" if last else ""
-                rows.append(_mean(paint, f"{at}, guidance", switch, curve=curve, guided_steps=GUIDED, **few))
+                rows.append(_mean(paint, f"{at}, guidance", switch, curve=curve, guided_steps=None, **few))
     return rows
 
 

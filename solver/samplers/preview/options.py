@@ -18,6 +18,11 @@ GRIDS = ("same", "native", "remapped")
 TARGETS = ("frozen", "extrapolated")
 UNITS = ("pixels", "tokens")
 POSITIONS = ("native", "strided")
+# Where nothing is said: of the paper, and what was best for the mean on 100 validation captions of the miniature.
+GUIDANCE = {
+    "subsample": {"guided_steps": 1 / 6, "kappa": 2.0},
+    "mean": {"guided_steps": 1 / 3, "kappa": 1.0},
+}
 FEWEST_STEPS = 5  # a distilled model of fewer has no velocity that stays nearly constant
 
 
@@ -26,15 +31,16 @@ class PreviewOptions:
     """The knobs of a preview. Steps D and m are numbers of steps, or fractions of the run; of few small steps, m is a
     fraction in proportion.
 
-    Defaults are the paper's where it says them (D = 10 and m = 5 of 30 steps, and in proportion of other numbers;
-    factor 2, argmin, one correction a step), and κ = 2, which is its α = 0.04 on FLUX's grid; on SD3.5 its α = 0.01 is
-    κ = 0.5, and nobody has tried more there. Only the method is another: the paper's is `"subsample"`, and the mean,
-    measured on a miniature (`benchmarks.quality.preview`), is nearer to the full-size picture and costs less.
+    The paper's setting is `method="subsample"`, with its defaults where it says them: D = 10 and m = 5 of 30 steps,
+    and in proportion of other numbers, factor 2, argmin, one correction a step, and κ = 2, which is its α = 0.04 on
+    FLUX's grid; on SD3.5 its α = 0.01 is κ = 0.5. The mean is nearer to the full-size picture and costs less, as
+    measured on a miniature (`benchmarks.quality.preview`), with a velocity that is kept for twice as many steps and
+    not overdone.
 
     Attributes:
         num_inference_steps: N of the full-size run.
         switch: D, the full-size steps before the small ones.
-        guided_steps: m.
+        guided_steps: m; a third of the run for the mean, a sixth else.
         method: `"mean"` of each block, at the noise level that it has, σ' = σ / (σ + s (1 - σ)), which is ours; or the
             paper's `"subsample"`, one element of each block at the same noise level.
         scale: s, how much smaller a side is.
@@ -42,7 +48,8 @@ class PreviewOptions:
         selection: `"argmin"` of the commutator's norm; `"blockwise"` in each block on its own; the controls
             `"argmax"`, `"random"` and `"nearest"` (always the block's first element).
         unit: what is kept of a block: latent `"pixels"`, or whole `"tokens"`.
-        kappa: strength in units of the step, α = κ (σ - σ'); 1 means: take the full-size velocity for this step.
+        kappa: strength in units of the step, α = κ (σ - σ'); 1 means: take the full-size velocity for this step. By
+            default 1 for the mean, 2 else.
         alpha: strength as the paper gives it, the same at every step; then kappa is ignored.
         fading: weaken the strength evenly over the guided steps, from all of it to one m-th.
         reevaluate: whether the network is asked again after a correction; else the velocity it gave before is used.
@@ -62,13 +69,13 @@ class PreviewOptions:
 
     num_inference_steps: int = 30
     switch: int | float = 1 / 3
-    guided_steps: int | float = 1 / 6
+    guided_steps: int | float | None = None
     method: str = "mean"
     scale: int = 2
     candidates: str = "random"
     selection: str = "argmin"
     unit: str = "pixels"
-    kappa: float = 2.0
+    kappa: float | None = None
     alpha: float | None = None
     fading: bool = False
     reevaluate: bool = False
@@ -88,6 +95,10 @@ class PreviewOptions:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, values))}.")
+        usual_steps = self.guided_steps is None
+        for name, value in GUIDANCE[self.method].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name in ("num_inference_steps", "scale", "corrections", "small_steps"):
             value = getattr(self, name)
             if not _is(Integral, value) and not (name == "small_steps" and value is None):
@@ -102,6 +113,8 @@ class PreviewOptions:
         left = self.num_inference_steps - self.switch
         whole = self.num_inference_steps if left <= 0 else self.num_inference_steps * (self.small_steps or left) / left
         self._count_steps("guided_steps", whole)
+        if usual_steps:
+            object.__setattr__(self, "guided_steps", max(0, min(self.guided_steps, self.most_guided_steps)))
         self._check_steps()
         if self.corrections < 1 or (self.corrections > 1 and not self.reevaluate):
             raise ValueError(f"corrections={self.corrections}: expected 1, or more with reevaluate=True.")
@@ -133,7 +146,7 @@ class PreviewOptions:
         object.__setattr__(self, name, int(steps))
 
     def _check_distilled(self) -> None:
-        """Before fractions are rounded: a sixth of 3 steps asks for guidance, though it becomes none."""
+        """Before fractions are rounded: a third of 1 step asks for guidance, though it becomes none."""
         if self.is_guided and 0 < self.num_inference_steps < FEWEST_STEPS:
             raise ValueError(
                 f"num_inference_steps={self.num_inference_steps}: guidance needs a velocity that stays nearly "
@@ -149,7 +162,7 @@ class PreviewOptions:
             raise ValueError(f"switch={self.switch}: expected 0 to {total - 1}, a step of the {total}-step run.")
         if small is not None and small < 1:
             raise ValueError(f"small_steps={small}: expected at least 1.")
-        most = self.number_of_small_steps - (0 if self.guide_at_switch else 1)
+        most = self.most_guided_steps
         if not 0 <= self.guided_steps <= most:
             raise ValueError(
                 f"guided_steps={self.guided_steps}: expected 0 to {most}, the small steps "
@@ -160,6 +173,11 @@ class PreviewOptions:
     def number_of_small_steps(self) -> int:
         """Steps from the switch to the end at the small size."""
         return self.small_steps or self.num_inference_steps - self.switch
+
+    @property
+    def most_guided_steps(self) -> int:
+        """As many small steps as there are from the switch, or after it."""
+        return self.number_of_small_steps - (0 if self.guide_at_switch else 1)
 
     @property
     def strength(self) -> float:

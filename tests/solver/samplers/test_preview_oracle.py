@@ -86,9 +86,10 @@ def test_guidance_helps_and_more_of_it_more(decibels):
 def test_the_mean_keeps_what_a_selection_folds_away(decibels):
     """The gain is in the noise: 12 to 17 dB, where the selection has 1 to 3."""
     free = decibels(method="mean", guided_steps=0)
-    guided = decibels(method="mean", alpha=0.04)
+    guided = decibels(method="mean", alpha=0.04, guided_steps=5)
+    usual = decibels(method="mean")  # κ = 1 for as many steps again
     early = decibels(method="mean", switch=0, guided_steps=0)
-    assert early.mean() > 12 and better(free, early) > 2 and (guided - free).min() > 1
+    assert early.mean() > 12 and better(free, early) > 2 and (guided - free).min() > 1 < (usual - free).min()
     assert (early - decibels(alpha=0.04)).min() > 8
 
 

@@ -154,8 +154,10 @@ def test_small_grids():
     middle = torch.linspace(30 * (1 - begin), 30, 21)[10] / 30
     assert remapped[10] == pytest.approx(float((1 - middle) / (1 + middle)), abs=1e-3)
     few = PAPER(small_steps=5, guided_steps=4).small_sigmas(full, native)
-    guided = {steps: PreviewOptions(small_steps=steps).guided_steps for steps in (1, 4, 5, 8, 20, 40)}
+    guided = {steps: PAPER(small_steps=steps).guided_steps for steps in (1, 4, 5, 8, 20, 40)}
     assert guided == {1: 0, 4: 1, 5: 1, 8: 2, 20: 5, 40: 10}  # a quarter, as 5 of 20
+    guided = {steps: PreviewOptions(small_steps=steps).guided_steps for steps in (1, 2, 4, 5, 8, 20, 40)}
+    assert guided == {1: 0, 2: 1, 4: 2, 5: 2, 8: 4, 20: 10, 40: 20}  # half of them, as 10 of 20
     torch.testing.assert_close(few, full[10::4])
     own = PAPER(grid="native").small_sigmas(full, native)
     assert own[0] == full[10] and own[-1] == 0 and (own.diff() < 0).all() and len(own) == 21
@@ -172,8 +174,17 @@ def test_fractions_are_steps():
 
 @pytest.mark.parametrize("steps, switch, guided", [(30, 10, 5), (50, 17, 8), (10, 3, 2), (6, 2, 1)])
 def test_defaults_are_the_papers_shares_of_the_run(steps, switch, guided):
-    options = PreviewOptions(num_inference_steps=steps)
-    assert (options.switch, options.guided_steps) == (switch, guided)
+    options = PAPER(num_inference_steps=steps)
+    assert (options.switch, options.guided_steps, options.kappa) == (switch, guided, 2.0)
+
+
+def test_defaults_of_the_mean():
+    """A third of the run by the velocity of the switch itself, as far as there are so many small steps."""
+    assert (PreviewOptions().switch, PreviewOptions().guided_steps, PreviewOptions().kappa) == (10, 10, 1.0)
+    assert PreviewOptions(switch=25).guided_steps == 4 and PreviewOptions(switch=29).guided_steps == 0
+    assert PreviewOptions(switch=25, guide_at_switch=True).guided_steps == 5
+    with pytest.raises(ValueError, match="guided_steps=10: expected 0 to 4"):
+        PreviewOptions(switch=25, guided_steps=10)
 
 
 @pytest.mark.parametrize(
