@@ -36,7 +36,7 @@ MINE = "mean, guidance"  # the default of `PreviewOptions`
 # Steps as fractions of the run; of 30: D = 10, m = 5.
 SWITCH, GUIDED = 1 / 3, 1 / 6
 SWITCHES = (1 / 6, 1 / 3, 1 / 2)
-MEAN_SWITCHES = (0, 0.1, 1 / 6, 1 / 3)
+MEAN_SWITCHES = (0, 0.1, 1 / 6, 0.2, 1 / 3)
 SWEPT_M, SWEPT_KAPPA = (1 / 30, 0.1, 1 / 6, 1 / 3), (0.5, 1.0, 2.0, 4.0)
 MEAN_SWEPT_M, MEAN_SWEPT_KAPPA = (0.1, 1 / 6, 1 / 3), (0.5, 1.0, 2.0)
 FEW = 8  # small steps of a multistep solver
