@@ -167,7 +167,7 @@ def options(recipe: Recipe) -> PreviewOptions:
     """The half-size preview of a recipe: the usual one, scaled to its steps."""
     switch = round(SWITCH * recipe.full_steps)
     small = None if recipe.method == "half" else recipe.steps
-    guided = None if recipe.full_steps > 3 else 0  # too few to guide any
+    guided = None if recipe.full_steps > 3 else 0  # of so few steps none is guided
     return PreviewOptions(recipe.full_steps, switch=switch, guided_steps=guided, small_steps=small)
 
 

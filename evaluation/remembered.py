@@ -78,7 +78,7 @@ def recipe_of(facts: Mapping[str, str], image: Path | None = None) -> Recipe:
         OSError: there is no such `image`.
         ValueError: something is missing, no such value can be, or `image` is not the picture that was edited.
     """
-    if "preview" in facts:
+    if facts.get("preview", "").isdecimal():
         raise ValueError(
             "The picture is one of `sample.py preview`; `refine` makes its full picture, from the files beside it."
         )

@@ -96,8 +96,8 @@ def _preamble(report: dict) -> str:
         f"`{report['prompt_source']}`, guidance {report['guidance_scale']:g}. The first row is what all are compared "
         "with. ± is half the 95 % bootstrap interval. FLOPs are the denoiser's, attention and both branches of the "
         "guidance counted; FLOPs and seconds are those of a row alone, though evaluations that rows share were made "
-        "once. In the second table, what is surely better than the other row is bold, what is surely worse is in "
-        f"italics.\n\n{ran_on(report)}"
+        "once. In the table of differences, what is surely better than the other row is bold, what is surely worse is "
+        f"in italics.\n\n{ran_on(report)}"
     )
 
 

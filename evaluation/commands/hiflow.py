@@ -39,7 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="PNG file to write; the next of outputs/hiflow-N.png by default")
     parser.add_argument("--sizes", type=_size, nargs="+", default=[1024, 2048, 4096], help="pixels, or HEIGHTxWIDTH")
     parser.add_argument("--all_sizes", action="store_true", help="write the smaller pictures too, as NAME_SIZE.png")
-    parser.add_argument("--solver", help="folder or hub id of a learned solver for all stages")
+    parser.add_argument("--solver", help="a learned one for all stages: folder or hub id; told the first scale")
     parser.add_argument("--image", type=Path, help="picture of the first size to enlarge, instead of rendering it")
     parser.add_argument("--preset", default="code", help="code or paper: whose numbers")
     parser.add_argument("--steps", type=int, help="of the base; the larger stages keep their share of it")

@@ -16,12 +16,14 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
+from data.command_line import DTYPES
 from evaluation.commands import GUIDANCE_SCALE, OUTPUTS, check_output, check_steps, next_output, refuse_unused
 from evaluation.config import check_guidance
 
 # option of `PreviewOptions` -> type of the flag; what it means is in that class
 NUMBERS = {"guided_steps": float, "switch": float, "scale": int, "kappa": float, "alpha": float, "small_steps": int}
 CHOICES = ("method", "candidates_from", "selection", "unit", "target", "grid", "positions")
+OF_A_PICTURE = ("model", "prompt", "negative_prompt", "seed", "solver", "output", "device", "dtype")  # not of a plan
 SHEET, FACTS = "sheet.png", "previews.json"
 PREVIEWS = "preview"  # of the folders' names where none is given
 SHEET_COLUMNS = 4
@@ -46,7 +48,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     for name, kind in NUMBERS.items():
         options.add_argument(f"--{name}", type=kind)
     for name in CHOICES:
-        options.add_argument(f"--{name}")
+        words = "mean by default; subsample is the paper's" if name == "method" else None
+        options.add_argument(f"--{name}", help=words)
+    options.add_argument("--fading", action="store_true", default=None)
     options.add_argument("--reevaluate", action="store_true", default=None)
     options.add_argument("--corrections", type=int)
     options.add_argument("--guide_at_switch", action="store_true", default=None)
@@ -54,7 +58,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--family", help="published model of --explain, default flux")
     parser.add_argument("--json", action="store_true", help="of --explain")
     parser.add_argument("--device", help="the GPU if there is one, by default")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", choices=DTYPES, help="float32 by default")
 
 
 def run(given: Namespace) -> Path | str:
@@ -70,13 +74,13 @@ def run(given: Namespace) -> Path | str:
             check_guidance(f"--{name}", getattr(given, name))
     from solver.samplers.preview import PreviewOptions
 
-    names = (*NUMBERS, *CHOICES, "reevaluate", "corrections", "guide_at_switch")
+    names = (*NUMBERS, *CHOICES, "fading", "reevaluate", "corrections", "guide_at_switch")
     chosen = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     if "candidates_from" in chosen:  # --candidates is their number
         chosen["candidates"] = chosen.pop("candidates_from")
     options = PreviewOptions(num_inference_steps=given.steps, **chosen)
     if given.explain:
-        refuse_unused(given, ("model", "prompt", "seed", "solver", "output", "device"), "--explain makes no picture")
+        refuse_unused(given, OF_A_PICTURE, "--explain makes no picture")
         given.family = given.family or "flux"
         from solver.samplers.preview.explain import as_table, branches_at, explain
 
@@ -111,7 +115,8 @@ def _render(given: Namespace, options) -> Path:
     from solver.samplers.preview import preview
 
     as_seeds((given.seed, given.seed + given.candidates - 1))  # raises before the work
-    pipe = load_pipeline(given.model, given.dtype, given.device)
+    dtype = given.dtype or "float32"
+    pipe = load_pipeline(given.model, dtype, given.device)
     call = text_length(pipe) | _guidance(pipe, given)
     if given.num_frames is not None:
         call["num_frames"] = given.num_frames
@@ -122,7 +127,7 @@ def _render(given: Namespace, options) -> Path:
     size = {"height": given.height, "width": given.width}
     # What the previews have in common, in their PNGs and in previews.json.
     common = {"model": given.model, "prompt": given.prompt, "negative_prompt": given.negative_prompt, **size}
-    common |= {"dtype": given.dtype, "solver": given.solver, **_numbers(call)}
+    common |= {"dtype": dtype, "solver": given.solver, **_numbers(call)}
     common = {name: value for name, value in common.items() if value is not None}
     for name in (FACTS, SHEET):  # of an earlier run: should this one be interrupted, they would be of other previews
         (output / name).unlink(missing_ok=True)
@@ -163,8 +168,10 @@ def _guidance(pipe, given: Namespace) -> dict:
 
 def _numbers(call: dict) -> dict:
     """Guidance and frames of a call, the guidance under the name that the other commands remember it by."""
-    names = {"true_cfg_scale": "guidance_scale"} if "guidance_scale" not in call else {}
-    return {names.get(name, name): value for name, value in call.items() if isinstance(value, int | float)}
+    numbers = {name: call[name] for name in ("guidance_scale", "true_cfg_scale", "num_frames") if name in call}
+    if "guidance_scale" not in numbers and "true_cfg_scale" in numbers:
+        numbers["guidance_scale"] = numbers.pop("true_cfg_scale")
+    return numbers
 
 
 def save_picture(image, path: Path, facts: dict) -> Path:

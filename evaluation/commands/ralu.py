@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from data.command_line import DTYPES
 from evaluation.commands import check_output, check_steps, next_output, picture_facts, refuse_unused
 from evaluation.config import check_guidance
 
@@ -77,7 +78,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="likewise")
     parser.add_argument("--output", type=Path, help="PNG file to write; the next of outputs/ralu-N.png by default")
     parser.add_argument("--device", help="the GPU if there is one, by default")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="float32 by default")
+    parser.add_argument("--dtype", choices=DTYPES, help="float32 by default")
     parser.add_argument(
         "--preset",
         help="4x, 5x, 7x (FLUX), 2x, 3x (SD3), turbo (4 steps); by default 4x, 2x of SD3, turbo of schnell; SD3.5 "

@@ -66,7 +66,7 @@ def run(given: Namespace) -> Path:
     from evaluation.single import full_scheduler, read_facts, render_png
 
     remembered = read_facts(given.preview, (*KEPT, "preview")) if given.preview else {}
-    if "preview" in remembered:
+    if remembered.get("preview", "").isdecimal():  # else it is refined
         raise ValueError(
             f"{given.preview} is a preview whose run goes on from the files beside it; name their folder."
         )
@@ -106,7 +106,7 @@ def _go_on(given: Namespace) -> Path:
         pipe = load_pipeline(model, facts["dtype"], given.device, only_here=given.model is None)
     picture = refine(pipe, checkpoint, other_versions=given.other_versions)
     made = {"seed": checkpoint.seed, "steps": checkpoint.num_inference_steps, "picked": given.preview / str(pick)}
-    if "true_cfg_scale" not in facts:  # with two guidances no other command can make it again
+    if "guidance_scale" in facts and "true_cfg_scale" not in facts:  # else no other command can make it again
         made["solver"] = type(pipe.scheduler).__name__
     return save_picture(picture, given.output, {**facts, "model": model, **made})
 

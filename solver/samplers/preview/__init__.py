@@ -18,7 +18,8 @@ some steps corrected towards what the network saw at full size (commutator-zero 
 | `explain`    | the plan of a published model and its FLOPs, without weights                     |
 | `operators`  | the same guidance for other operators: translate and warp the picture mid-run    |
 
-Source: arXiv 2604.09227, of which there is no public code. Method `"mean"` is ours.
+Source: arXiv 2604.09227, of which there is no public code. Its method is `"subsample"`; `"mean"`, the default, is
+ours.
 """
 
 from solver.samplers.preview.checkpoint import Checkpoint

@@ -137,15 +137,17 @@ def transform(
         prompt: or None where `call` has embeddings.
         seed: of the noise, and of what is fresh.
         operator: `translate(...)` or `warp(...)`.
-        options: number of steps, switch, guided steps (from the switch on) and strength; the rest does not count.
+        options: number of steps, switch, guided steps (from the switch on), strength and whether it fades; the rest
+            does not count. The paper's m and κ by default.
         height, width: of the picture, in pixels; the pipeline's own where they are None.
         call: of the pipeline.
 
     Raises:
         ValueError: as `preview`.
     """
-    options = replace(options or PreviewOptions(), method="subsample", selection="argmin", gain=None, grid="same")
-    options = replace(options, guide_at_switch=True, small_steps=None)
+    plain = {"selection": "argmin", "candidates": "random", "unit": "pixels", "gain": None, "grid": "same"}
+    plain |= {"target": "frozen", "reevaluate": False, "corrections": 1, "small_steps": None, "guide_at_switch": True}
+    options = replace(options or PreviewOptions(method="subsample"), method="subsample", **plain)
     call = {"prompt": prompt, **call} if prompt is not None else call
     with encoded_once(pipe):
         run = begin_run(pipe, call, [seed], options, (height, width), None, None, shrinks=False)

@@ -33,8 +33,9 @@ class Preview(NamedTuple):
         image: a PIL picture; of a video, a list of frames.
         latents: (C, [T,] H, W), unpacked.
         checkpoint: for `refine`.
-        report: what happened, in plain JSON values: `chosen` (candidate), `candidate_norms`, `guidance_norms` (of
-            u - target before each correction), `target_norm`, `network_calls` and `seconds` by phase, `sigmas`.
+        report: what happened, in plain JSON values: `chosen` (candidate) and `candidate_norms`, None of the mean;
+            `guidance_norms` (of u - target before each correction), `target_norm`, `network_calls` and `seconds` by
+            phase, `sigmas`.
     """
 
     image: Image.Image | list[Image.Image]

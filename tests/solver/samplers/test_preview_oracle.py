@@ -117,6 +117,11 @@ def test_a_translated_picture_shows_the_same_elsewhere(oracle):
         assert inside.square().mean() < most * full.square().mean() < (made.latents - full).square().mean()
         assert made.report["fresh"] == pytest.approx(8 / 64)
         assert len(made.report["guidance_norms"]) == steps
+    usual = transform(pipe, None, 3, translate(0, 16), height=SIZE, width=SIZE, **call)  # the paper's strength
+    same = transform(
+        pipe, None, 3, translate(0, 16), PreviewOptions(guided_steps=5, kappa=2.0), height=SIZE, width=SIZE, **call
+    )
+    assert torch.equal(usual.latents, same.latents) and len(usual.report["guidance_norms"]) == 5
 
 
 def test_the_oracle_is_exact(oracle):
