@@ -23,7 +23,8 @@ from solver.samplers.cascade import Segment, run_segment, sigma_grid
 from solver.samplers.digest import weights_digest
 from solver.samplers.latents import decode, denoiser, initial_noise, latent_shape, pack, unpack
 from solver.samplers.preview import Checkpoint, PreviewOptions, preview, refine
-from solver.samplers.preview.checkpoint import fingerprint
+from solver.samplers.preview.checkpoint import fingerprint, joined_call
+from solver.samplers.preview.operators import transform, translate
 from solver.samplers.preview.selection import block_mean, phases, random_selections, subsample
 
 SIZE = 32
@@ -266,8 +267,36 @@ def test_a_gain_is_applied_to_the_image_only():
         pipe, None, 7, with_options(method="mean", guided_steps=0, gain=((1.0,) * 4, (0.0,) * 4)), **IMAGE, **call
     )
     torch.testing.assert_close(plain.latents, same.latents, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="expected 4 factors"):
-        preview(pipe, None, 7, with_options(method="mean", gain=((1.0,), (0.0,))), **IMAGE, **call)
+    del denoiser(pipe).forward
+    wrong = with_options(method="mean", gain=((1.0,), (0.0,)))
+    with counted(pipe) as calls, pytest.raises(ValueError, match="expected 4 factors"):
+        preview(pipe, None, 7, wrong, **IMAGE, **call)
+    assert not calls  # said before the work
+
+
+@pytest.mark.parametrize("names", [[], ["latents"], ["latents", "prompt_embeds"]], ids=str)
+def test_lists_that_all_pictures_share_stay_as_they_are(names, tmp_path):
+    """Not one each, though they have as many entries as there are pictures."""
+    pipe, call = tiny("flux", batch_size=2)
+    call["callback_on_step_end_tensor_inputs"] = names
+    shown = preview(pipe, None, [7, 8], OPTIONS, **IMAGE, **call)
+    for i, one in enumerate(shown):
+        one.checkpoint.save(tmp_path / str(i))
+    loaded = [Checkpoint.load(tmp_path / str(i)) for i in range(2)]
+    joined = joined_call(loaded, torch.device("cpu"))
+    assert joined["callback_on_step_end_tensor_inputs"] == names
+    assert torch.equal(refine(pipe, loaded, output_type="latent"), full_run(pipe, call, [7, 8]))
+
+
+def test_a_transformed_picture_need_not_halve():
+    pipe, call = shared("flux")
+    size = {"height": 36, "width": 36}
+    made = transform(pipe, None, 7, translate(0, 4), OPTIONS, **size, **call)
+    assert made.image.size == (36, 36)
+    with pytest.raises(ValueError, match="height=36, width=36: a preview of 1/2 the size needs multiples of 8"):
+        preview(pipe, None, 7, OPTIONS, **size, **call)
+    with pytest.raises(ValueError, match="height=34, width=36: a picture needs multiples of 4"):
+        transform(pipe, None, 7, translate(0, 4), OPTIONS, height=34, width=36, **call)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +305,8 @@ def test_a_gain_is_applied_to_the_image_only():
         {"candidates": "phases"}, {"selection": "blockwise"}, {"selection": "argmax"}, {"selection": "random"},
         {"unit": "tokens"}, {"guide_at_switch": True}, {"target": "extrapolated"}, {"grid": "native"},
         {"small_steps": 3}, {"positions": "strided"}, {"alpha": 0.04}, {"scale": 4}, {"method": "mean"},
-        {"reevaluate": True, "guide_at_switch": True}, {"switch": 0.5, "guided_steps": 0.2},
+        {"reevaluate": True, "guide_at_switch": True}, {"switch": 0.5, "guided_steps": 0.2}, {"grid": "remapped"},
+        {"fading": True},
     ],
     ids=str,
 )  # fmt: skip
