@@ -5,15 +5,16 @@
         --guidance_scale 4 --also presets acceleration --output runs/hiflow_quality/mini-flux
     python -m benchmarks.hiflow_quality --also cutoff alpha beta --output runs/hiflow_quality/mini-sd   # sweeps
 
-Prompts are captions of the miniature world's test scenes, and the reference is those scenes, rendered at the large
+Prompts are captions of the miniature world's test scenes, and the reference is as many others, rendered at the large
 size. Rows: the pipeline by itself; a picture straight from noise, with the changes inside the network; the base
 picture enlarged, and sharpened; HiFlow with its initialization, with its direction alignment, and whole. Measured (see
 `hiflow_measures`): Fréchet distances in DINO's features, of whole pictures and of 64 px patches; the caption check,
 after shrinking to the base's size; correlation of the low band, and of a wider one, with the base picture; sharpness
 of edges. Intervals are of paired bootstraps over prompts.
 
-Writes metrics.json, table.md and a contact sheet a size. All rows share one base run; finished batches of rows are
-kept in `cache/`, so that an interrupted command goes on and a sweep pays for its own rows only.
+Writes metrics.json, table.md and a contact sheet a size. All rows share one base run, but those that begin from noise
+at the large size or take other numbers of steps; finished batches of rows are kept in `cache/`, so that an
+interrupted command goes on and a sweep pays for its own rows only.
 """
 
 import argparse
@@ -85,7 +86,7 @@ class Bench:
     ):
         self.artist, self.looker, self.recipe = artist, looker, recipe
         self.batch_size, self.sheet_rows, self.folder, self.facts = batch_size, sheet_rows, folder, facts
-        # As many again, of other captions, to know how far apart two sets of true pictures are.
+        # As many again, of other captions, to be the reference: none has a row's own captions.
         scenes, texts = zip(*islice(captioned_scenes(), 2 * num_prompts), strict=True)
         self.scenes, self.others, self.prompts = scenes[:num_prompts], scenes[num_prompts:], texts[:num_prompts]
 
@@ -136,6 +137,10 @@ class Bench:
             made.append(describe(row.scheduler, row.recipe.steps))
         here = {"batch": [numbers.start, numbers.stop], "prompts": self._prompts(numbers), "sheet": self.sheet_rows}
         return digest({**self.facts, **here, "base": asdict(self.recipe), "row": made})
+
+
+def _processor() -> str:
+    return f"{torch.get_num_threads()} threads of a {platform.machine()} processor"
 
 
 def _bytes(images_BCHW: Tensor) -> Tensor:
@@ -221,6 +226,7 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     start = time.perf_counter()
     seen = bench.run(rows)
+    probe = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)  # what becomes of a picture's size
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
     report = {
         "model": args.model,
@@ -228,7 +234,8 @@ def main(arguments: list[str] | None = None) -> dict:
         "num_prompts": args.num_prompts,
         "preset": args.preset,
         "recipes": {row.name: asdict(row.recipe) for row in rows if row.alignment},
-        "device": torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else _processor(),
+        "looked_at": {reward.name: reward.preprocess(probe).shape[-1] for reward in (dino, segmentation)},
         "minutes": (time.perf_counter() - start) / 60,
         **versions,
         "gflops": {str(size): {row.name: artist.gflops(row, size) for row in rows} for size in args.sizes[1:]},

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from benchmarks.hiflow_measures import estimates
-from benchmarks.hiflow_rows import BICUBIC, DIRECT, FULL
+from benchmarks.hiflow_rows import BICUBIC, DIRECT, FULL, STOCK
 from evaluation.contact_sheet import FAINT, GAP, INK, MARGIN, PAPER
 
 RENDERED, OTHERS = "rendered", "other scenes"
@@ -26,11 +26,12 @@ TILE, CAPTION, HEAD = 256, 170, 40  # pixels
 def summary(seen: dict[str, dict[str, Tensor]], size: int) -> dict[str, dict]:
     """The numbers of each row at a size: value, its interval, and the paired difference to the full method.
 
-    Of other rendered scenes there are the distances only: those of a model without a fault, with as many pictures.
+    Distances are to the rendered scenes of other captions. With as few pictures as here they are far above 0 for any
+    two sets of true pictures; so the row of the captions' own scenes, rendered, is what a faultless model would have.
     """
     here = {name: _at(size, row) for name, row in seen.items()}
-    numbers = {name: estimates(row, here[RENDERED]) for name, row in here.items()}
-    numbers[OTHERS] = {name: value for name, value in numbers[OTHERS].items() if name.startswith("frechet")}
+    reference = here.pop(OTHERS)
+    numbers = {name: estimates(row, reference) for name, row in here.items()}
     report = {}
     for row, values in numbers.items():
         report[row] = {}
@@ -47,14 +48,19 @@ def _at(size: int, seen: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def table(report: dict) -> str:
     """A Markdown table a size; in brackets the 95 % interval of the row less the full method."""
+    looked_at = " and ".join(f"{size} ({name})" for name, size in report["looked_at"].items())
     parts = [
         f"# HiFlow on {report['model']}, {report['sizes'][0]} px and larger",
         f"{report['num_prompts']} captions of test scenes, preset {report['preset']}, guidance "
         f"{report['guidance_scale']}; in brackets the 95 % interval of the row less `{FULL}`, of a paired bootstrap "
-        "over captions. Distances are to the captions' scenes, rendered; those of other rendered scenes are what a "
-        "faultless model would have. Low band: correlation with the base picture in the band that is aligned; "
-        "wide band: in one as many times as wide as a latent has pixels. GFLOPs: of one branch of the network, at "
-        "this size, for one picture.",
+        "over captions. Distances are to the rendered scenes of as many other captions; the captions' own, the row "
+        f"`{RENDERED}`, is what a faultless model would have. The networks look at {looked_at} pixels a side: whole "
+        "pictures are shrunk to that, patches are cut out. Low band: correlation with the shared run's base picture "
+        "in the band that is aligned; wide band: in one as many times as wide as a latent has pixels. Rows in other "
+        "numbers of steps have bases of their own, and how far those are from the shared one counts here too. "
+        "GFLOPs: of one branch of the network, at this size, for one picture.",
+        f"`{DIRECT}` has the recipe's changes inside the network, `{STOCK}` is the pipeline's own call.",
+        f"On {report['device']}, {report['dtype']}, torch {report['torch']}, diffusers {report['diffusers']}.",
     ]
     for size, rows in report["results"].items():
         costs = {row: value for row, value in report["gflops"][size].items() if value is not None}

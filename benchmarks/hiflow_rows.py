@@ -12,7 +12,7 @@ from evaluation.solvers import load_solver
 from solver.samplers.calls import text_length
 from solver.samplers.cost import network_of
 from solver.samplers.hiflow import HiFlowResult, Recipe, hiflow, with_steps
-from solver.samplers.hiflow.alignment import enlarge, sharpen
+from solver.samplers.hiflow.alignment import ACCELERATION_RULES, enlarge, sharpen
 from solver.samplers.hiflow.explain import stage_flops
 from solver.samplers.hiflow.model_patches import takes_patches
 from solver.samplers.hiflow.noise import prediction_type, stage_solver
@@ -116,7 +116,7 @@ def token_side(pipe: DiffusionPipeline) -> int:
 GROUPS = {
     "presets": {},
     "start": {f"start {value}": {"start": value} for value in ("image", "prediction")},
-    "acceleration": {f"acceleration {rule}": {"acceleration": rule} for rule in ("code", "eq10", "fixed-noise")},
+    "acceleration": {f"acceleration {rule}": {"acceleration": rule} for rule in ACCELERATION_RULES},
     "cutoff": {f"cutoff {value}": {"cutoff": (value,)} for value in (0.1, 0.2, 0.3, 0.4, 0.6)},
     "alpha": {f"alpha {value}": {"alpha": (value,)} for value in (0.25, 0.5, 1.0)},
     "beta": {f"beta {value}": {"beta": (value,)} for value in (0.25, 0.5, 1.0)},

@@ -53,7 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     for name, words in SWITCHES.items():
         parser.add_argument(f"--{name}", action=BooleanOptionalAction, help=words)
     parser.add_argument("--start", help="image or prediction: what is enlarged and noised")
-    parser.add_argument("--acceleration", help="code, eq10 or fixed-noise: the rule")
+    parser.add_argument("--acceleration", help="code, eq13, eq10 or fixed-noise: the rule")
     parser.add_argument(
         "--edges_first", type=float, nargs=2, metavar=("STEPS", "RATIO"),
         help="experiment on FLUX: in this share of the last stage's steps, its first, only this share of the picture "

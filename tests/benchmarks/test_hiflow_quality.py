@@ -10,9 +10,11 @@ from tiny_flux import save_tiny_flux
 
 from benchmarks.hiflow_measures import MEANS, edge_sharpness, estimates, low_band_correlation, patches
 from benchmarks.hiflow_quality import captioned_scenes, main
+from benchmarks.hiflow_report import OTHERS, RENDERED, summary
 from benchmarks.hiflow_rows import FULL, Artist, main_rows, variants
 from data.prompts import read_prompts
 from data.scenes import render_batch
+from evaluation.metrics import frechet_distance
 from evaluation.rendering import load_pipeline
 from solver import ConsistencySolverScheduler
 from solver.samplers.hiflow import PRESETS, with_steps
@@ -86,25 +88,38 @@ def test_identical_pictures_are_at_distance_zero_and_a_shift_of_features_counts_
     assert less.ci95 == pytest.approx([2, 2], abs=1e-5)  # paired: every picture has as much more
 
 
+def test_distances_are_to_the_scenes_of_other_captions():
+    draw = torch.Generator().manual_seed(0)
+    sets = {name: torch.randn(8, 3, generator=draw) for name in (RENDERED, OTHERS, FULL)}
+    seen = {
+        name: {"64.whole": x, "64.patches": x[:, None], **{f"64.{mean}": x[:, 0] for mean in MEANS}}
+        for name, x in sets.items()
+    }
+    rows = summary(seen, 64)
+    assert list(rows) == [RENDERED, FULL]
+    for name, row in rows.items():
+        expected = frechet_distance(sets[name], sets[OTHERS])
+        assert row["frechet"]["value"] == row["frechet_patches"]["value"] == pytest.approx(expected) != 0
+
+
 def test_the_command_measures_every_row_and_goes_on_where_it_stopped(tmp_path, capsys):
     model = save_tiny_flux(tmp_path / "flux")
     output = tmp_path / "out"
     arguments = ["--model", str(model), "--sizes", "32", "64", "--output", str(output), "--device", "cpu"]
     arguments += ["--num_prompts", "4", "--batch_size", "2", "--steps", "2", "--patches", "1", "--sheet_rows", "3"]
     report = main([*arguments, "--also", "acceleration", "presets"])
-    assert "Budget: 10 rows of 4 pictures" in capsys.readouterr().out
+    assert "Budget: 11 rows of 4 pictures" in capsys.readouterr().out
     assert report["gflops"]["64"]["bicubic"] == 0 < report["gflops"]["64"]["full"] < report["gflops"]["64"]["direct"]
     rows = report["results"]["64"]
     assert list(rows) == [
         "rendered",
-        "other scenes",
         *MAIN_ROWS,
-        *(f"acceleration {x}" for x in ("eq10", "fixed-noise")),
+        *(f"acceleration {x}" for x in ("eq13", "eq10", "fixed-noise")),
         "paper",
     ]
     assert json.loads((output / "metrics.json").read_text())["results"]["64"] == json.loads(json.dumps(rows))
-    assert rows["rendered"]["frechet"]["value"] == pytest.approx(0, abs=1e-6)
-    assert set(rows["other scenes"]) == {"frechet", "frechet_patches"}
+    assert rows["rendered"]["frechet"]["value"] > 0  # the scenes of others
+    assert report["looked_at"] == {"dino": 64, "segmentation": 64}
     assert rows["bicubic"]["low_band"]["value"] > 0.999
     assert "minus_full" not in rows["full"]["frechet"]
     assert report["gflops"]["64"]["bicubic, sharpened"] == 0

@@ -7,14 +7,15 @@ image had at the same noise level. Direction alignment pulls the low band of X t
 
 and acceleration alignment the change of the velocity between two steps towards that of the reference,
 
-    v̂_k = v_k + β_k (v̂_{k-1} + w_k - w_{k-1} - v_k),   v = (x - D) / s,   w = (x - R) / s             (Eq. 13)
+    v̂_k = v_k + β_k (v̂_{k-1} + w_k - w_{k-1} - v_k),   v = (x - D) / s,   w = (x - R) / s     (after Eq. 13)
 
 The step is taken with O_k = x_k - s_k v̂_k. Since x_k = O_{k-1} + s_k v̂_{k-1} for Euler, (13) is a leaky mean of the
 residual against the reference, and no velocity is left in it (`accelerate`). s is σ for flow models and σ/α for ε- and
 v-models, in both of which dx = v ds after division of the state by α; the rules are the same.
 
 Source: arXiv 2504.06232 and its public code. The paper leaves the sample of the reference open; the code, followed
-here, takes the large image's own x_k.
+here, takes the large image's own x_k. And where the code goes on from the corrected velocity v̂_{k-1}, so that every
+residual fades step by step, the paper prints v_{k-1}, and remembers the last residual alone: the rule "eq13".
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from torch import Tensor
 from solver.samplers.hiflow.lowpass import lowpass
 
 SHARPENING_SIGMA = 1.05  # pixels; the public code draws it anew from [0.1, 2.0] at each call, this is the mean
-ACCELERATION_RULES = ("code", "eq10", "fixed-noise")
+ACCELERATION_RULES = ("code", "eq13", "eq10", "fixed-noise")
 
 
 def enlarge(x_BCHW: Tensor, height: int, width: int) -> Tensor:
@@ -63,17 +64,18 @@ def accelerate(
     s: float,
     rule: str = "code",
 ) -> Tensor:
-    """O of this step, Eq. 13 in terms of x_0.
+    """O of this step, in terms of x_0.
 
         code:         O_k - R_k = (1 - β)(D_k - R_k) + β (s_k / s_{k-1}) (O_{k-1} - R_{k-1})
-        eq10:         the same without the ratio: Eq. 10 taken literally, the reference on a trajectory of its own
+        eq13:         the same with D_{k-1} for O_{k-1}: Eq. 13 as printed, from the velocity before its correction
+        eq10:         as code without the ratio: Eq. 10 taken literally, the reference on a trajectory of its own
         fixed-noise:  O_k = D_k + β (s_k (R_k - R_{k-1}) - (D_k - O_{k-1})), the reference velocity being ε - R with
                       one ε for all steps, as in a public port to video; flow models only
 
     Args:
         aligned: D_k.
         reference: R_k.
-        previous: (O, R, s) of the step before; None at the first step of a stage, where O = D.
+        previous: (O, R, s) of the step before, for eq13 (D, R, s); None at the first step of a stage, where O = D.
         beta: 0 switches the rule off.
         s: noise level of this step, > 0.
         rule: one of `ACCELERATION_RULES`.
@@ -88,7 +90,7 @@ def accelerate(
     last, last_reference, last_s = previous
     if rule == "fixed-noise":
         return aligned + beta * (s * (reference - last_reference) - (aligned - last))
-    memory = beta * (s / last_s if rule == "code" else 1)
+    memory = beta * (1 if rule == "eq10" else s / last_s)
     return reference + (1 - beta) * (aligned - reference) + memory * (last - last_reference)
 
 
@@ -169,5 +171,5 @@ class StageAlignment:
         reference = enlarge(self.reference.at(s).to(prediction.device), *prediction.shape[-2:])
         aligned = align_direction(prediction, reference, self.alphas[k], self.cutoff)
         corrected = accelerate(aligned, reference, self._previous, self.betas[k], s, self.rule)
-        self._previous = (corrected, reference, s)
+        self._previous = (aligned if self.rule == "eq13" else corrected, reference, s)
         return corrected

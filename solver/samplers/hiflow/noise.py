@@ -43,7 +43,7 @@ def check_rule(rule: str, kind: str) -> None:
     """Raises ValueError where the rule of the acceleration does not hold for what the model predicts."""
     if rule == "fixed-noise" and kind != "flow":
         raise ValueError(
-            f"acceleration={rule!r} is for flow models, and this one predicts {kind}: take 'code' or 'eq10'."
+            f"acceleration={rule!r} is for flow models, and this one predicts {kind}: take 'code', 'eq13' or 'eq10'."
         )
 
 

@@ -85,6 +85,7 @@ PRESETS = {
         alpha=(1.0,),
         beta=(1.0,),
         start="prediction",
+        acceleration="eq13",
         ntk_factor=(10.0,),
         proportional_attention=True,
         text_copies=True,

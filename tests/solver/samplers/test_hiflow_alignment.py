@@ -94,8 +94,8 @@ def test_sharpening_keeps_flat_areas_and_steepens_edges():
 # ---- rules ----
 
 
-def euler_in_velocities(reference, network, x, alphas, betas, cutoff, change_of_reference):
-    """Steps 3 to 9 as the public code takes them: velocities, no recursion."""
+def euler_in_velocities(reference, network, x, alphas, betas, cutoff, change_of_reference, printed):
+    """Steps 3 to 9 as the public code takes them: velocities, no recursion. `printed` keeps v of Eq. 13, not v̂."""
     last_v = last_w = None
     for k, (sigma, following) in enumerate(itertools.pairwise(SIGMAS)):
         X, R = network(x, k), reference[k]
@@ -103,7 +103,7 @@ def euler_in_velocities(reference, network, x, alphas, betas, cutoff, change_of_
         v, w = (x - D) / sigma, change_of_reference(x, R, sigma)
         corrected = v if k == 0 else v + betas[k] * (last_v + w - last_w - v)
         x = x + (following - sigma) * corrected
-        last_v, last_w = corrected, w
+        last_v, last_w = v if printed else corrected, w
     return x
 
 
@@ -112,12 +112,12 @@ def euler_in_predictions(reference, network, x, alphas, betas, cutoff, rule):
     for k, (sigma, following) in enumerate(itertools.pairwise(SIGMAS)):
         aligned = align_direction(network(x, k), reference[k], alphas[k], cutoff)
         corrected = accelerate(aligned, reference[k], previous, betas[k], sigma, rule)
-        previous = (corrected, reference[k], sigma)
+        previous = (aligned if rule == "eq13" else corrected, reference[k], sigma)
         x = x + (following - sigma) * (x - corrected) / sigma
     return x
 
 
-@pytest.mark.parametrize("rule", ["code", "fixed-noise"])
+@pytest.mark.parametrize("rule", ["code", "eq13", "fixed-noise"])
 def test_recursion_equals_the_velocity_form(rule):
     reference = [randn(2, 4, 8, 8, seed=k) for k in range(K)]
     noise = randn(2, 4, 8, 8, seed=98)
@@ -127,11 +127,11 @@ def test_recursion_equals_the_velocity_form(rule):
         return torch.tanh(torch.einsum("ij,bjhw->bihw", weights[k], x))
 
     def reference_velocity(x, R, sigma):
-        return (x - R) / sigma if rule == "code" else noise - R
+        return noise - R if rule == "fixed-noise" else (x - R) / sigma
 
     x = randn(2, 4, 8, 8, seed=99)
     betas = tuple(0.5 * value for value in RAMP)
-    expected = euler_in_velocities(reference, network, x, RAMP, betas, 0.2, reference_velocity)
+    expected = euler_in_velocities(reference, network, x, RAMP, betas, 0.2, reference_velocity, rule == "eq13")
     got = euler_in_predictions(reference, network, x, RAMP, betas, 0.2, rule)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
@@ -176,6 +176,15 @@ def test_memory_of_the_newest_residuals():
             corrected = accelerate(aligned, zero, previous, 0.5 * RAMP[k], sigma)
             previous = (corrected, zero, sigma)
         assert corrected.mean() == pytest.approx(weight, abs=0.006)
+
+
+def test_eq13_remembers_one_residual():
+    """A stage whose first prediction alone leaves its reference: the code's rule never quite forgets it."""
+    zero = torch.zeros(1, 1, 4, 4)
+    for rule, tells in (("code", [True, True, True]), ("eq13", [True, True, False])):
+        stage = StageAlignment(Trajectory({0.5: zero}), (0.0,) * 3, (0.5,) * 3, rule=rule)
+        left = [stage(zero + (k == 0), s).mean().item() for k, s in enumerate((0.8, 0.6, 0.4))]
+        assert [abs(value) > 0.01 for value in left] == tells
 
 
 # ---- references ----

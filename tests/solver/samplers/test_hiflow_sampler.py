@@ -262,6 +262,7 @@ def test_every_switch_matters():
             ("init", "init", {}),
             ("direction", "init+direction", {}),
             ("prediction", "full", {"start": "prediction"}),
+            ("eq13", "full", {"acceleration": "eq13"}),
             ("eq10", "full", {"acceleration": "eq10"}),
             ("fixed", "full", {"acceleration": "fixed-noise"}),
             ("cutoff", "full", {"cutoff": (0.4,)}),
