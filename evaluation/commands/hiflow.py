@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data.command_line import DTYPES
-from evaluation.commands import check_output, check_steps, next_output, refuse_unused
+from data.prompts import source_identity
+from evaluation.commands import GUIDANCE_SCALE, check_output, check_steps, next_output, refuse_unused
 from evaluation.config import check_guidance
 
 TUPLES = ("stage_steps", "tau", "cutoff", "alpha", "beta", "ntk_factor")  # of a recipe, a number a larger stage
@@ -37,7 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--negative_prompt", help="what the picture shall not show; needs --guidance_scale above 1")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--output", type=Path, help="PNG file to write; the next of outputs/hiflow-N.png by default")
-    parser.add_argument("--sizes", type=_size, nargs="+", default=[1024, 2048, 4096], help="pixels, or HEIGHTxWIDTH")
+    parser.add_argument("--sizes", type=_size, nargs="+", help="pixels, or HEIGHTxWIDTH; default: the model's, x2, x4")
     parser.add_argument("--all_sizes", action="store_true", help="write the smaller pictures too, as NAME_SIZE.png")
     parser.add_argument("--solver", help="a learned one for all stages: folder or hub id; told the first scale")
     parser.add_argument("--image", type=Path, help="picture of the first size to enlarge, instead of rendering it")
@@ -45,7 +46,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="of the base; the larger stages keep their share of it")
     parser.add_argument("--stage_steps", type=int, nargs="+", help="one a larger stage; the last one serves the rest")
     parser.add_argument("--tau", type=float, nargs="+", help="instead: share of the base's steps")
-    parser.add_argument("--guidance_scale", type=float, nargs="+", help="one, or one a stage")
+    parser.add_argument(
+        "--guidance_scale", type=float, nargs="+",
+        help="one, or one a stage; default 3, with --solver that of the solver; the preset's for models that are told "
+        "their scale (FLUX.1-dev), none for models distilled to a few steps",
+    )  # fmt: skip
     parser.add_argument("--cutoff", type=float, nargs="+", help="of the low band, in Nyquist frequencies")
     parser.add_argument("--alpha", type=float, nargs="+", help="strength of the direction alignment")
     parser.add_argument("--beta", type=float, nargs="+", help="strength of the acceleration alignment")
@@ -82,7 +87,10 @@ def run(given: Namespace) -> Path | str:
         family = given.family or "flux"
         known = FAMILIES.get(family)
         recipe = _recipe(given, known and known.steps)
-        report = explain(family, given.sizes, recipe, _guidance(given), given.alignment)
+        scale = _guidance(given)
+        if scale is None and known and not (known.distilled or known.steps):
+            scale = GUIDANCE_SCALE
+        report = explain(family, given.sizes, recipe, scale, given.alignment)
         return json.dumps(report, indent=1) if given.json else as_table(report)
     refuse_unused(given, ("family", "json"), "only --explain has a use for it")
     return _render(given)
@@ -98,8 +106,9 @@ def _recipe(given: Namespace, few_steps: int | None):
     tuples = {name: getattr(given, name) for name in TUPLES}
     tuples = {name: tuple(values) for name, values in tuples.items() if values}
     for name, values in tuples.items():
-        if len(values) >= len(given.sizes):
-            raise ValueError(f"--{name} {values}: expected at most {len(given.sizes) - 1}, one a larger stage.")
+        larger = len(given.sizes) - 1 if given.sizes else 2
+        if len(values) > larger:
+            raise ValueError(f"--{name} {values}: expected at most {larger}, one a larger stage.")
     edges_first = tuple(given.edges_first) if given.edges_first else None
     chosen = {name: getattr(given, name) for name in (*SWITCHES, "start", "acceleration")}
     return with_changes(recipe, **tuples, **chosen, edges_first=edges_first)
@@ -115,49 +124,61 @@ def _render(given: Namespace) -> Path:
         raise ValueError(f"{', '.join(missing)}: needed to render. --explain needs none of them.")
     output = given.output or next_output("hiflow")
     check_output(output)
-    if given.negative_prompt and max(given.guidance_scale or (0,)) <= 1:
+    if given.negative_prompt and max(given.guidance_scale or (GUIDANCE_SCALE,)) <= 1:
         raise ValueError("--negative_prompt: it needs --guidance_scale above 1.")
     from solver.samplers.hiflow.plan import as_size, plan_stages
 
     # What can be said without the model is said before it is loaded.
-    plan_stages(given.sizes, _recipe(given, None), None, _guidance(given), given.alignment)
+    plan_stages(given.sizes or (1, 2, 4), _recipe(given, None), None, _guidance(given), given.alignment)
     from PIL import Image
 
     from evaluation.single import save_png, solver_scheduler, to_picture
     from solver.samplers.calls import guidance, text_length
-    from solver.samplers.hiflow.inputs import FEW_STEPS, given_image, is_distilled_to_few_steps
+    from solver.samplers.hiflow.inputs import (
+        FEW_STEPS,
+        as_pixels,
+        given_image,
+        is_distilled_to_few_steps,
+        usual_sizes,
+    )
     from solver.samplers.hiflow.sampler import hiflow
-    from solver.samplers.latents import as_seeds
+    from solver.samplers.latents import as_seeds, denoiser
 
     as_seeds(given.seed)
-    image = given_image(Image.open(given.image), as_size(given.sizes[0]), 1) if given.image else None
+    image = as_pixels(Image.open(given.image)) if given.image else None
+    if image is not None and given.sizes:
+        given_image(image, as_size(given.sizes[0]), 1)  # raises where it is of another size
     pipe = _pipeline(given)
-    recipe, scale = _recipe(given, FEW_STEPS if is_distilled_to_few_steps(pipe) else None), _guidance(given)
+    few, told = is_distilled_to_few_steps(pipe), denoiser(pipe).config.get("guidance_embeds")
+    recipe, scale = _recipe(given, FEW_STEPS if few else None), _guidance(given)
+    scales = given.guidance_scale or (recipe.guidance_scales if told else None)
+    solver = solver_scheduler(given.solver, pipe.scheduler, scales and scales[0]) if given.solver else None
+    if scales is None and not few:
+        scale = GUIDANCE_SCALE if solver is None else solver.guidance_scale
     call = text_length(pipe)
     if given.negative_prompt:
-        guidance(pipe, max(given.guidance_scale), [given.negative_prompt])  # raises where it has no use for it
+        guidance(pipe, max(scales or [scale or 1]), [given.negative_prompt])  # raises where it has no use for it
         call["negative_prompt"] = given.negative_prompt
-    first_scale = given.guidance_scale[0] if given.guidance_scale else None
+    sizes = given.sizes or usual_sizes(pipe, image)
     result = hiflow(
         pipe,
         given.prompt,
         given.seed,
-        given.sizes,
+        sizes,
         recipe,
         image=image,
         guidance_scale=scale,
         alignment=given.alignment,
-        scheduler=solver_scheduler(given.solver, pipe.scheduler, first_scale) if given.solver else None,
+        scheduler=solver,
         call=call,
         ignore_memory=given.ignore_memory,
     )
     facts = {name: getattr(given, name) for name in ("model", "prompt", "negative_prompt", "seed", "solver")}
     facts = {name: value for name, value in facts.items() if value is not None} | {"dtype": _dtype(given)}
-    facts["hiflow"] = json.dumps(
-        {"sizes": given.sizes, "guidance_scale": scale, "alignment": given.alignment, **asdict(recipe)}
-    )
+    told = {"guidance_scales": [stage.guidance_scale for stage in result.stages]}
+    facts["hiflow"] = json.dumps({"sizes": sizes, "alignment": given.alignment, **asdict(recipe), **told})
     if given.image:
-        facts["enlarged"] = str(given.image)
+        facts |= {"enlarged": str(given.image), "enlarged_sha256": source_identity(given.image.read_bytes()).hex()}
     pictures = result.images if given.all_sizes else result.images[-1:]
     for image_BCHW in pictures:
         picture = to_picture(pipe, image_BCHW)

@@ -28,6 +28,8 @@ from evaluation.commands import (
 )
 from evaluation.commands.preview import FACTS, last_previews, save_picture
 
+CASCADES = ("hiflow", "ralu")  # of whose pictures there is no plain run
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_picture_arguments(parser)
@@ -65,10 +67,15 @@ def run(given: Namespace) -> Path:
     from evaluation.rendering import load_pipeline
     from evaluation.single import full_scheduler, read_facts, render_png
 
-    remembered = read_facts(given.preview, (*KEPT, "preview")) if given.preview else {}
+    remembered = read_facts(given.preview, (*KEPT, "preview", *CASCADES)) if given.preview else {}
     if remembered.get("preview", "").isdecimal():  # else it is refined
         raise ValueError(
             f"{given.preview} is a preview whose run goes on from the files beside it; name their folder."
+        )
+    if cascade := [name for name in CASCADES if name in remembered]:
+        raise ValueError(
+            f"{given.preview} is a picture of `sample.py {cascade[0]}`, which no plain run refines. With --model, "
+            "--prompt and --seed instead, its prompt and seed make another picture."
         )
     facts = picture_facts(given, remembered) | {"dtype": given.dtype or "float32"}
     model = facts["model"]

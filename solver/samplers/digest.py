@@ -7,6 +7,7 @@ import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FIRST_VALUES = 32  # of each weight: enough to tell retrained weights apart, and quick on a large model
 
@@ -31,16 +32,45 @@ def networks_digest(networks: Mapping[str, torch.nn.Module]) -> str:
     """sha256 over the names, shapes and first values of all tensors of all networks."""
     digest = hashlib.sha256()
     for name, network in sorted(networks.items()):
-        for key, tensor in sorted(_state(network).items()):
+        for key, tensor in sorted(_plain(_state(network)).items()):
             digest.update(f"{name}.{key} {tuple(tensor.shape)}".encode())
             digest.update(_bytes(tensor.flatten()[:FIRST_VALUES].float()))
     return digest.hexdigest()
+
+
+def adapters(pipe: DiffusionPipeline) -> dict:
+    """LoRA adapters that are on, and their scales, by network; the digest of the weights knows neither."""
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    layers = [(name, layer) for name, network in networks.items() for layer in network.modules() if _adapts(layer)]
+    return {
+        f"{name}: {adapter}": float(layer.scaling[adapter])
+        for name, layer in layers
+        for adapter in layer.active_adapters
+        if adapter in layer.scaling
+    }
+
+
+def _adapts(module: torch.nn.Module) -> bool:
+    """Whether it is a layer of peft that is on; layers of other kinds have a `scaling` that is a number."""
+    return isinstance(getattr(module, "scaling", None), dict) and not module.disable_adapters
 
 
 def _state(module: torch.nn.Module) -> dict[str, Tensor]:
     """The state dict, also of a module whose weights wait elsewhere (sequential offloading)."""
     state = module.state_dict()
     return get_state_dict_offloaded_model(module) if any(x.is_meta for x in state.values()) else state
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with quantised weights, which are tensors in a wrapper, as the tensors inside."""
+    plain = {}
+    for key, tensor in state.items():
+        if is_traceable_wrapper_subclass(tensor):
+            names, _ = tensor.__tensor_flatten__()
+            plain |= _plain({f"{key}.{name}": getattr(tensor, name) for name in names})
+        else:
+            plain[key] = tensor
+    return plain
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

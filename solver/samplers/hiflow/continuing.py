@@ -6,8 +6,9 @@ from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
-from solver.samplers.digest import networks_digest, tensors_digest, weights_digest
+from solver.samplers.digest import adapters, networks_digest, tensors_digest, weights_digest
 from solver.samplers.hiflow.plan import Recipe, Stage
+from solver.samplers.latents import denoiser
 
 ENLARGING = "start and acceleration"  # of a recipe; a base alone has neither
 
@@ -20,6 +21,7 @@ def fingerprints(
     policy = getattr(solver, "policy", None)
     return {
         "pipeline": f"{type(pipe).__name__} {weights_digest(pipe)}",
+        "adapters and dtype": f"{adapters(pipe)} {denoiser(pipe).dtype}",
         "scheduler": f"{type(solver).__name__} {dict(solver.config)} {policy and networks_digest({'': policy})}",
         "steps": str(recipe.steps),
         ENLARGING: f"{recipe.start}, {recipe.acceleration}",

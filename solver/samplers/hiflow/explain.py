@@ -24,7 +24,17 @@ from solver.samplers.cost import NETWORKS, Network, image_tokens, run_flops
 from solver.samplers.grids import QWEN_SHIFT, latent_diffusion_grid, own_grid, shifted
 from solver.samplers.hiflow.memory import GIB, activation_bytes, decoder_bytes
 from solver.samplers.hiflow.noise import check_rule
-from solver.samplers.hiflow.plan import Recipe, Size, Stage, as_recipe, as_size, few_tokens, plan_stages, with_steps
+from solver.samplers.hiflow.plan import (
+    Recipe,
+    Size,
+    Stage,
+    as_recipe,
+    as_size,
+    few_tokens,
+    ladder,
+    plan_stages,
+    with_steps,
+)
 
 BF16 = 2  # bytes
 
@@ -43,6 +53,7 @@ class Family:
         largest: pixels a side that it has positions for.
         distilled: whether the model is told its guidance scale, so that the recipe has one for each stage.
         steps: of a base run of a model that was distilled to few; of others the preset says it.
+        side: of the base, in pixels.
     """
 
     network: str
@@ -54,6 +65,7 @@ class Family:
     largest: int | None = None
     distilled: bool = False
     steps: int | None = None
+    side: int = 1024
 
     @property
     def unet(self) -> bool:
@@ -74,13 +86,13 @@ FAMILIES = {
     "sd3.5-large": Family("sd3.5-large", 13.72, 2432, 7.0, SHIFT_3, largest=192 * 16),
     "qwen-image": Family("qwen-image", 28.85, 3072, 4.0, partial(shifted, **QWEN_SHIFT)),
     "sdxl": Family("sdxl", 3.47, 320, 5.0, latent_diffusion_grid),
-    "sd1.5": Family("sd1.5", 1.07, 320, 7.5, latent_diffusion_grid),
+    "sd1.5": Family("sd1.5", 1.07, 320, 7.5, latent_diffusion_grid, side=512),
 }
 
 
 def explain(
     family: str,
-    sizes: Sequence[Size],
+    sizes: Sequence[Size] | None = None,
     preset: str | Recipe = "code",
     guidance_scale: float | Sequence[float] | None = None,
     alignment: str = "full",
@@ -93,6 +105,7 @@ def explain(
     if family not in FAMILIES:
         raise ValueError(f"family {family!r}: plans without weights are known for {', '.join(FAMILIES)}.")
     model, network = FAMILIES[family], NETWORKS[FAMILIES[family].network]
+    sizes = ladder((model.side, model.side), model.largest) if sizes is None else sizes
     recipe = as_recipe(preset)
     if isinstance(preset, str) and model.steps:
         recipe = with_steps(recipe, model.steps)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from PIL import ImageOps
@@ -11,7 +12,7 @@ from torchvision.transforms.functional import to_tensor
 
 from solver.samplers.calls import guides_by_true_cfg
 from solver.samplers.hiflow import model_patches
-from solver.samplers.hiflow.plan import Stage
+from solver.samplers.hiflow.plan import Stage, ladder
 from solver.samplers.latents import as_seeds, default_size, denoiser, is_video, latent_shape, patch_size, vae_factor
 
 OURS = (
@@ -71,15 +72,26 @@ def check_mixable(pipe: DiffusionPipeline) -> None:
         )
 
 
-def check_positions(pipe: DiffusionPipeline, largest: Stage) -> None:
-    """SD3's table of positions ends somewhere."""
+def largest_side(pipe: DiffusionPipeline) -> int | None:
+    """In pixels, where SD3's table of positions ends; None for models that have no table."""
     table = getattr(getattr(denoiser(pipe), "pos_embed", None), "pos_embed_max_size", None)
-    pixels = vae_factor(pipe) * patch_size(pipe)
-    if table is not None and max(largest.height, largest.width) > table * pixels:
+    return table and table * vae_factor(pipe) * patch_size(pipe)
+
+
+def check_positions(pipe: DiffusionPipeline, largest: Stage) -> None:
+    """Raises ValueError where the model has no positions for so large a picture."""
+    side = largest_side(pipe)
+    if side is not None and max(largest.height, largest.width) > side:
         raise ValueError(
-            f"{largest.height} x {largest.width}: {type(denoiser(pipe)).__name__} has positions for {table * pixels} "
-            "pixels a side and no more."
+            f"{largest.height} x {largest.width}: {type(denoiser(pipe)).__name__} has positions for {side} pixels a "
+            "side and no more."
         )
+
+
+def usual_sizes(pipe: DiffusionPipeline, image: Tensor | Image | None) -> list[tuple[int, int]]:
+    """Where none are given: what the model knows, or a given image's own size, twice and four times it a side."""
+    base = default_size(pipe) if image is None else tuple(as_pixels(image).shape[-2:])
+    return ladder(base, largest_side(pipe))
 
 
 def picture_call(pipe, prompt, seed, call: dict) -> tuple[dict, list[int]]:
@@ -117,12 +129,28 @@ def check_guidance(pipe, call: dict) -> None:
         raise ValueError("guidance_scale with prompt_embeds needs negative_prompt_embeds in call as well.")
 
 
+def check_negatives(pipe, call: dict, stages: Sequence[Stage]) -> None:
+    """Raises ValueError where the call says what the pictures shall not show, and no stage would look at it."""
+    said = [name for name, value in call.items() if name.startswith("negative_") and _says(value)]
+    if not said or (call.get("true_cfg_scale") or 1) > 1:
+        return
+    if denoiser(pipe).config.get("guidance_embeds"):
+        raise ValueError(
+            f"call has {', '.join(said)}, but this {type(pipe).__name__} is told its guidance_scale and looks at no "
+            "negative prompt: leave it out, or give true_cfg_scale above 1 in call as well."
+        )
+    scales = [stage.guidance_scale for stage in stages]
+    if all(scale is not None and scale <= 1 for scale in scales):
+        raise ValueError(f"call has {', '.join(said)}, but guidance_scale is {max(scales):g}: it needs more than 1.")
+
+
+def _says(value) -> bool:
+    return any(map(_says, value)) if isinstance(value, list | tuple) else isinstance(value, Tensor) or bool(value)
+
+
 def given_image(image, base: tuple[int, int], batch: int) -> Tensor:
-    """float32 (B, 3, H, W) of the base size; a PIL image upright as its EXIF says, what is transparent on white."""
-    if not isinstance(image, Tensor | Image):
-        raise ValueError(f"image is a {type(image).__name__}: expected a PIL image or a tensor.")
-    picture = image if isinstance(image, Tensor) else to_tensor(_upright_rgb(image))
-    picture = (picture if picture.ndim == 4 else picture[None]).float()
+    """float32 (B, 3, H, W) of the base size."""
+    picture = as_pixels(image)
     if picture.ndim != 4 or picture.shape[1] != 3 or len(picture) not in (1, batch):
         raise ValueError(
             f"image of shape {tuple(picture.shape)}: expected (3, H, W), (1, 3, H, W) or ({batch}, 3, H, W)."
@@ -135,6 +163,18 @@ def given_image(image, base: tuple[int, int], batch: int) -> Tensor:
     if not (picture.min() >= 0 and picture.max() <= 1):
         raise ValueError(f"image has values from {picture.min():g} to {picture.max():g}: expected [0, 1].")
     return picture.expand(batch, -1, -1, -1)
+
+
+def as_pixels(image) -> Tensor:
+    """float32 (1, 3, H, W) of a PIL image, upright as its EXIF says, what is transparent on white; a tensor as it is.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(image, Tensor | Image):
+        raise ValueError(f"image is a {type(image).__name__}: expected a PIL image or a tensor.")
+    picture = image if isinstance(image, Tensor) else to_tensor(_upright_rgb(image))
+    return (picture if picture.ndim == 4 else picture[None]).float()
 
 
 def _upright_rgb(image: Image) -> Image:

@@ -251,6 +251,12 @@ def few_tokens(tokens: int, ratio: float) -> int:
     return cells + 3 * number_of_fine(ratio, cells)
 
 
+def ladder(base: tuple[int, int], largest: int | None = None) -> list[tuple[int, int]]:
+    """A size, twice and four times it a side, as far as a model has positions: `largest` pixels a side."""
+    sizes = [(base[0] * times, base[1] * times) for times in (1, 2, 4)]
+    return [size for size in sizes if largest is None or max(size) <= largest]
+
+
 def known_size(first: tuple[int, int], known: tuple[int, int] | None, multiple: int) -> tuple[int, int]:
     """What the large stages refer to, for the shift of the grid, the keys of attention and the copies of the text: the
     first size, or, where that is of a given image and not what the model knows, the known area in its proportions.

@@ -34,6 +34,7 @@ from solver.samplers.hiflow.inputs import (
     FEW_STEPS,
     check_guidance,
     check_mixable,
+    check_negatives,
     check_pipeline,
     check_positions,
     given_image,
@@ -41,6 +42,7 @@ from solver.samplers.hiflow.inputs import (
     native_size,
     picture_call,
     size_multiple,
+    usual_sizes,
 )
 from solver.samplers.hiflow.memory import check_memory
 from solver.samplers.hiflow.noise import (
@@ -101,7 +103,7 @@ def hiflow(
     pipe: DiffusionPipeline,
     prompt: str | Sequence[str] | None,
     seed: int | Sequence[int],
-    sizes: Sequence[Size] = (1024, 2048, 4096),
+    sizes: Sequence[Size] | None = None,
     preset: str | Recipe = "code",
     image: Tensor | Image | None = None,
     guidance_scale: float | Sequence[float] | None = None,
@@ -120,7 +122,8 @@ def hiflow(
             Afterwards it is as it was.
         prompt: one, or B. None where `call` has embeddings.
         seed: one a picture, or B; the same picture whatever else is in the batch. One prompt can have several seeds.
-        sizes: in pixels, the one that the model knows first: sides of squares, or (height, width).
+        sizes: in pixels, the one that the model knows first: sides of squares, or (height, width). By default that one
+            or, with an image, the image's, twice and four times it a side: 1024, 2048 and 4096 of FLUX.1.
         preset: "code" or "paper", in as many steps as the model is distilled to; or a `plan.Recipe`, as it is; with
             other numbers of steps see `plan.with_steps`.
         image: a picture of the first size to start from instead of rendering it: PIL (turned as its EXIF says, on
@@ -149,6 +152,7 @@ def hiflow(
     recipe = as_recipe(preset)
     if isinstance(preset, str) and is_distilled_to_few_steps(pipe):
         recipe = with_steps(recipe, FEW_STEPS)
+    sizes = usual_sizes(pipe, image) if sizes is None else sizes
     known = None if image is None else native_size(pipe)  # of a rendered base the first size is the model's own
     stages = plan_stages(
         sizes,
@@ -172,6 +176,7 @@ def hiflow(
     call, seeds = picture_call(pipe, prompt, seed, call or {})
     if guidance_scale is not None:
         check_guidance(pipe, call)
+    check_negatives(pipe, call, stages)
     start = None if image is None else given_image(image, first, len(seeds)).to(pipe._execution_device)
     made_by = fingerprints(pipe, recipe, scheduler, call, seeds, start)
     rendered = stages if start is None else stages[1:]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from solver.samplers.cascade import require_deterministic
-from solver.samplers.digest import tensors_digest, weights_digest
+from solver.samplers.digest import adapters, tensors_digest, weights_digest
 from solver.samplers.latents import denoiser
 from solver.scheduling_consistency_solver import ConsistencySolverScheduler
 
@@ -176,7 +176,7 @@ def fingerprint(pipe: DiffusionPipeline) -> dict:
     return {
         "pipeline": type(pipe).__name__,
         "weights": weights_digest(pipe),
-        "adapters": _adapters(pipe),
+        "adapters": adapters(pipe),
         "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
         "scheduler": f"{type(pipe.scheduler).__name__} {scheduler.hexdigest()[:16]}",
         "versions": {name: version(name) for name in ("torch", "diffusers")},
@@ -232,23 +232,6 @@ def restore(scheduler: SchedulerMixin, checkpoints: list[Checkpoint], device: to
 
 def _plain(value):
     return value.item() if isinstance(value, Tensor) else value
-
-
-def _adapters(pipe: DiffusionPipeline) -> dict:
-    """LoRA adapters that are on, and their scales, by network; the digest of the weights knows neither."""
-    networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    layers = [(name, layer) for name, network in networks.items() for layer in network.modules() if _adapts(layer)]
-    return {
-        f"{name}: {adapter}": float(layer.scaling[adapter])
-        for name, layer in layers
-        for adapter in layer.active_adapters
-        if adapter in layer.scaling
-    }
-
-
-def _adapts(module: torch.nn.Module) -> bool:
-    """Whether it is a layer of peft that is on; layers of other kinds have a `scaling` that is a number."""
-    return isinstance(getattr(module, "scaling", None), dict) and not module.disable_adapters
 
 
 def row_of_call(call: dict, row: int, batch_size: int) -> tuple[dict, list[str]]:

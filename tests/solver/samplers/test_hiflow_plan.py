@@ -18,7 +18,7 @@ from solver.samplers.calls import text_length
 from solver.samplers.grids import shifted
 from solver.samplers.hiflow.explain import FAMILIES, as_table, explain
 from solver.samplers.hiflow.plan import PRESETS, known_size, plan_stages, with_changes, with_steps
-from solver.samplers.latents import initial_noise, latent_shape, pack
+from solver.samplers.latents import default_size, initial_noise, latent_shape, pack
 
 LADDER = (1024, 2048, 4096)
 CODE, PAPER = PRESETS["code"], PRESETS["paper"]
@@ -300,7 +300,10 @@ def test_what_needs_no_model_is_said_before_it_is_opened(tmp_path):
         ("seed=-1000.*: expected a whole number of 64 bits", ["--seed", str(-(10**21))]),
         ("'A_i': expected one of", ["--alignment", "A_i"]),
         ("image of 48 x 48 pixels, but sizes begin with 64 x 64", ["--image", str(picture), "--sizes", "64", "128"]),
-        ("--negative_prompt: it needs --guidance_scale above 1", ["--negative_prompt", "a cube"]),
+        (
+            "--negative_prompt: it needs --guidance_scale above 1",
+            ["--negative_prompt", "a cube", "--guidance_scale", "1"],
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             sample.main([*given, *([] if "--seed" in options else ["--seed", "1"]), *options])
@@ -345,8 +348,8 @@ def test_the_command_renders_with_the_length_and_the_guidance_that_the_model_kno
     model = save_tiny_flux(tmp_path / "flux")
     output = tmp_path / "large.png"
     arguments = ["hiflow", "--model", str(model), "--prompt", "a red ring", "--seed", "7", "--output", str(output)]
-    arguments += ["--sizes", "32", "48", "--steps", "2", "--guidance_scale", "3", "--all_sizes"]
-    assert sample.main(arguments) == output
+    arguments += ["--sizes", "32", "48", "--steps", "2", "--all_sizes"]
+    assert sample.main(arguments) == output  # guided by 3, as all commands are where nothing is said
     pipe = load_pipeline(str(model), "float32", "cpu")
     noise = pack(pipe, initial_noise([7], latent_shape(pipe, 32, 32)))
     call = {"height": 32, "width": 32, "latents": noise, "num_inference_steps": 2}
@@ -355,4 +358,33 @@ def test_the_command_renders_with_the_length_and_the_guidance_that_the_model_kno
         difference = np.asarray(small, float) - np.asarray(pipe("a red ring", **call).images[0], float)
         assert abs(difference).max() <= 1 and large.size == (48, 48)
         made = json.loads(large.text["proofsheet:hiflow"])
-        assert made["sizes"] == [32, 48] and made["steps"] == 2 and made["guidance_scale"] == 3.0
+        assert made["sizes"] == [32, 48] and made["steps"] == 2 and made["guidance_scales"] == [3.0, 3.0]
+    with pytest.raises(ValueError, match=r"is a picture of `sample\.py hiflow`, which no plain run refines"):
+        sample.main(["refine", "--preview", str(output), "--output", str(tmp_path / "full.png")])
+
+
+def test_a_learned_solver_says_the_guidance_where_nothing_else_does(tmp_path):
+    model = save_tiny_flux(tmp_path / "flux")
+    pipe = load_pipeline(str(model), "float32", "cpu")
+    solver = ConsistencySolverScheduler.from_scheduler(pipe.scheduler, order=2, guidance_scale=2.5)
+    solver.save_pretrained(tmp_path / "solver")
+    output = tmp_path / "large.png"
+    given = ["hiflow", "--model", str(model), "--prompt", "a red ring", "--seed", "7", "--output", str(output)]
+    given += ["--sizes", "32", "48", "--steps", "2", "--solver", str(tmp_path / "solver")]
+    for option, scales in (([], [2.5, 2.5]), (["--guidance_scale", "1", "2"], [1.0, 2.0])):
+        sample.main([*given, *option])
+        with Image.open(output) as large:
+            assert json.loads(large.text["proofsheet:hiflow"])["guidance_scales"] == scales
+
+
+def test_the_usual_sizes_are_those_that_the_model_has(tmp_path):
+    for family, sizes in (("flux", [1024, 2048, 4096]), ("sd1.5", [512, 1024, 2048]), ("sd3", [1024, 2048])):
+        assert [stage["size"] for stage in explain(family)["stages"]] == sizes
+    model = save_tiny_flux(tmp_path / "flux")
+    side = default_size(load_pipeline(str(model), "float32", "cpu"))[0]
+    given = ["hiflow", "--model", str(model), "--prompt", "a red ring", "--seed", "7", "--steps", "2"]
+    sample.main([*given, "--output", str(tmp_path / "x.png")])
+    Image.new("RGB", (48, 32)).save(tmp_path / "small.png")
+    sample.main([*given, "--image", str(tmp_path / "small.png"), "--output", str(tmp_path / "y.png")])
+    with Image.open(tmp_path / "x.png") as own, Image.open(tmp_path / "y.png") as enlarged:
+        assert own.size == (4 * side, 4 * side) and enlarged.size == (4 * 48, 4 * 32)

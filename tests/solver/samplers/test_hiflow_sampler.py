@@ -185,6 +185,18 @@ def test_guidance_of_a_flux_that_is_not_told_it_is_true_cfg():
     assert not torch.allclose(guided.images[1], plain.images[1], atol=1e-3)
 
 
+def test_a_negative_prompt_that_nothing_looks_at_is_refused():
+    pipe, call = prepared("flux")
+    call |= {f"negative_{name}": torch.randn(call[name].shape) for name in ("prompt_embeds", "pooled_prompt_embeds")}
+    with pytest.raises(ValueError, match=r"call has negative_prompt_embeds, .*told its guidance_scale"):
+        hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    guided = [hiflow(pipe, None, 1, (32,), CODE, call={**call, "true_cfg_scale": x}).images[0] for x in (2.0, 4.0)]
+    assert not torch.allclose(*guided, atol=1e-3)
+    pipe, call = prepared("sd")
+    with pytest.raises(ValueError, match="but guidance_scale is 1: it needs more than 1"):
+        hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=1.0, call=call)
+
+
 def test_one_negative_prompt_serves_all_pictures():
     pipe = DiffusionPipeline.from_pretrained(ZOO / "mini-sd", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -488,22 +500,49 @@ def test_lora_from_a_file(family, tmp_path):
     loaded = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
     assert torch.equal(loaded.images[-1], expected.images[-1])
     assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(loaded.images, plain.images, strict=True))
+    base = hiflow(pipe, None, 1, (32,), CODE, call=call)
+    pipe.set_adapters(["default_0"], [0.5])
+    with pytest.raises(ValueError, match="another run: its adapters and dtype differed"):
+        hiflow(pipe, None, 1, (32, 64), CODE, call=call, smaller=base)
     pipe.unload_lora_weights()
     unloaded = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
     torch.testing.assert_close(unloaded.images[-1], plain.images[-1], rtol=0, atol=1e-5)
 
 
-class Int8Linear(nn.Module):
-    """Weight-only quantisation: eight bits and a scale a row."""
+class Int8Tensor(torch.Tensor):
+    """Eight bits and a scale a row in the wrapper of a float tensor, as torchao has it: it multiplies, and no more."""
 
-    def __init__(self, linear):
-        super().__init__()
-        self.register_buffer("scale", linear.weight.abs().amax(1, keepdim=True) / 127)
-        self.register_buffer("weight", (linear.weight / self.scale).round().to(torch.int8))
-        self.bias = linear.bias
+    @staticmethod
+    def __new__(cls, rows, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, rows.shape, dtype=scale.dtype)
 
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+    def __init__(self, rows, scale):
+        self.rows, self.scale = rows, scale
+
+    @classmethod
+    def of(cls, weight):
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        return cls((weight / scale).round().to(torch.int8), scale)
+
+    def __tensor_flatten__(self):
+        return ["rows", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, size, stride):
+        return Int8Tensor(**inner)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            x, weight, *bias = args
+            return F.linear(x, weight.rows.to(x.dtype) * weight.scale, *bias)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].rows, args[0].scale)
+        raise NotImplementedError(f"{cls.__name__} has no {function}")
 
 
 @torch.no_grad()
@@ -511,14 +550,32 @@ def test_an_int8_transformer_draws_nearly_the_same_picture():
     pipe, call = prepared("flux")
     exact = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
     for block in [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]:
-        for parent in list(block.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, Int8Linear(child))
+        for layer in block.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight = nn.Parameter(Int8Tensor.of(layer.weight), requires_grad=False)
     quantised = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
     error = (quantised.images[-1] - exact.images[-1]).abs().mean()
     assert 0 < error < 0.02
-    assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.int8
+    base = hiflow(pipe, None, 1, (32,), CODE, call=call)
+    again = hiflow(pipe, None, 1, (32, 64), CODE, call=call, smaller=base)
+    assert torch.equal(again.images[-1], quantised.images[-1])
+    weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight
+    assert weight.rows.dtype == torch.int8
+    weight.rows[0, 0] += 1  # another model now
+    with pytest.raises(ValueError, match="another run: its pipeline differed"):
+        hiflow(pipe, None, 1, (32, 64), CODE, call=call, smaller=base)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "sd", "sdxl", "qwen-image"])
+def test_half_precision_draws_nearly_the_same_picture(family):
+    pipe, call = prepared(family)
+    exact = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
+    pipe.to(torch.bfloat16)
+    floats = {name for name, value in call.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    halves = {name: value.bfloat16() if name in floats else value for name, value in call.items()}
+    result = hiflow(pipe, None, 1, (32, 64), CODE, call=halves)
+    assert result.images[-1].dtype == result.latents_BCHW.dtype == torch.float32
+    assert 0 < (result.images[-1] - exact.images[-1]).abs().mean() < 0.02
 
 
 def test_offloading_changes_nothing():
