@@ -14,10 +14,9 @@ from solver.samplers.cost import network_of
 from solver.samplers.hiflow import HiFlowResult, Recipe, hiflow, with_steps
 from solver.samplers.hiflow.alignment import ACCELERATION_RULES, enlarge, sharpen
 from solver.samplers.hiflow.explain import stage_flops
-from solver.samplers.hiflow.model_patches import takes_patches
 from solver.samplers.hiflow.noise import prediction_type, stage_solver
 from solver.samplers.hiflow.plan import PRESETS, Stage, plan_stages
-from solver.samplers.latents import patch_size, vae_factor
+from solver.samplers.latents import has_flux_transformer, patch_size, vae_factor
 
 FEW = (5, 8)  # steps of the base; larger stages have their share
 STOCK, DIRECT, BICUBIC, FULL = "stock", "direct", "bicubic", "full"
@@ -72,7 +71,7 @@ def variants(group: str, recipe: Recipe, pipe: DiffusionPipeline, sizes: Sequenc
     changed = {label: replace(recipe, **change) for label, change in GROUPS[group].items()}
     if group == "presets":
         changed = {name: with_steps(preset, recipe.steps) for name, preset in PRESETS.items()}
-    if group in ("network", "edges") and not takes_patches(pipe):
+    if group in ("network", "edges") and not has_flux_transformer(pipe):
         changed = {}
     if prediction_type(pipe.scheduler) != "flow":
         changed = {label: other for label, other in changed.items() if other.acceleration != "fixed-noise"}
@@ -156,7 +155,7 @@ class Artist:
 
     def gflops(self, row: Row, size: int) -> float | None:
         """Of one branch of the network at a size, for one picture; None of a UNet, whose cost is not counted here."""
-        if not takes_patches(self.pipe):
+        if not has_flux_transformer(self.pipe):
             return None
         network = network_of(self.pipe.transformer, token_side(self.pipe), self.call.get("max_sequence_length"))
         if row.alignment == STOCK:

@@ -133,12 +133,11 @@ def _render(given: Namespace) -> Path:
     from PIL import Image
 
     from evaluation.single import save_png, solver_scheduler, to_picture
-    from solver.samplers.calls import guidance, text_length
+    from solver.samplers.calls import guidance, is_distilled_to_few_steps, text_length
     from solver.samplers.hiflow.inputs import (
         FEW_STEPS,
         as_pixels,
         given_image,
-        is_distilled_to_few_steps,
         usual_sizes,
     )
     from solver.samplers.hiflow.sampler import hiflow

@@ -113,8 +113,7 @@ def run(given: Namespace) -> Path | str:
     check_output(output)
     from evaluation.rendering import load_pipeline
     from evaluation.single import save_png, to_picture
-    from solver.samplers.calls import guidance, text_length
-    from solver.samplers.hiflow.inputs import is_distilled_to_few_steps
+    from solver.samplers.calls import guidance, is_distilled_to_few_steps, text_length
     from solver.samplers.latents import denoiser
     from solver.samplers.ralu.plan import default_guidance
     from solver.samplers.ralu.sampler import PUBLISHED, own_choices, own_preset, ralu

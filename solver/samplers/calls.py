@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 
-from solver.samplers.latents import denoiser
+from solver.samplers.latents import denoiser, has_flux_transformer
 
 
 def guides_by_true_cfg(pipe: DiffusionPipeline) -> bool:
@@ -42,6 +42,13 @@ def guidance(pipe: DiffusionPipeline, scale: float, negative_prompts: Sequence[s
     if any(negative_prompts) or (true_cfg and negative_prompts):
         call["negative_prompt"] = [*negative_prompts]
     return call
+
+
+def is_distilled_to_few_steps(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline is of FLUX schnell's kind: its grid is not shifted, and it is told no guidance."""
+    config = pipe.scheduler.config
+    plain = not config.get("use_dynamic_shifting") and config.get("shift") == 1.0
+    return plain and has_flux_transformer(pipe) and not denoiser(pipe).config.get("guidance_embeds")
 
 
 def branches(pipe: DiffusionPipeline, scale: float) -> int:

@@ -24,7 +24,13 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    SchedulerMixin,
+)
 from torch import Tensor
 
 from solver.samplers.latents import is_packed, latent_shape, pack, unpack
@@ -135,6 +141,15 @@ def sigma_grid(
         latents = pack(pipe, torch.zeros(number_of_pictures(call), *shape))
         pipe(**call_at_size(pipe, call, height, width), latents=latents, num_inference_steps=num_inference_steps)
     return scheduler.sigmas.detach().cpu().float()
+
+
+def diffusion_sigmas(scheduler: SchedulerMixin, steps: int, device: torch.device | None = None) -> Tensor:
+    """σ/α at the points of the scheduler's own grid of an ε- or v-model, (K+1,), and sets it."""
+    scheduler.set_timesteps(steps, device=device)
+    if not isinstance(scheduler, DDIMScheduler):
+        return scheduler.sigmas.cpu().float()
+    signal = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps.cpu()], scheduler.final_alpha_cumprod[None]])
+    return ((1 - signal) / signal).sqrt().float()
 
 
 def fresh_copy(scheduler: SchedulerMixin) -> SchedulerMixin:

@@ -23,6 +23,7 @@ from diffusers import (
     AutoencoderKLWan,
     AutoencoderTiny,
     DiffusionPipeline,
+    FluxTransformer2DModel,
 )
 from diffusers.utils.torch_utils import get_module_execution_device
 
@@ -51,6 +52,12 @@ def is_video(pipe: DiffusionPipeline) -> bool:
 def is_packed(pipe: DiffusionPipeline) -> bool:
     """Whether the pipeline takes packed tokens. Raises ValueError as `is_video`."""
     return not is_video(pipe) and hasattr(pipe, "_pack_latents")
+
+
+def has_flux_transformer(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline's transformer is of the FLUX type."""
+    transformer = pipe.components.get("transformer")
+    return isinstance(getattr(transformer, "_orig_mod", transformer), FluxTransformer2DModel)  # compiled ones too
 
 
 def denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
@@ -166,6 +173,18 @@ def generator_beside(seed: int, stream: int = 0) -> torch.Generator:
     The CPU generator reads the low 32 bits of a seed only: streams that differ above them are the same.
     """
     return torch.Generator().manual_seed((seed ^ (BESIDE + stream)) & 0xFFFFFFFF)
+
+
+def to_tokens(x_BCHW: torch.Tensor) -> torch.Tensor:
+    """2 x 2 patches row by row, (B, H/2 · W/2, 4C): channel, row, column, as FLUX packs."""
+    patches = x_BCHW.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # B C h p w q
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def to_grid(tokens_BND: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The inverse of `to_tokens`: (B, C, 2 rows, 2 columns)."""
+    patches = tokens_BND.unflatten(1, (rows, columns)).unflatten(-1, (-1, 2, 2))  # B h w C p q
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(-2).flatten(-3, -2)
 
 
 def pack(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:

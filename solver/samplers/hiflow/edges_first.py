@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
+from solver.samplers.latents import to_grid, to_tokens
 from solver.samplers.ralu.edges import edge_scores, select
-from solver.samplers.ralu.mixed_resolution import MixedTokens, grid, hooked, mixed_resolution, tokens
+from solver.samplers.ralu.mixed_resolution import MixedTokens, hooked, mixed_resolution
 from solver.samplers.ralu.noise import enlarge, on_grid
 
 COPY = "pixel"
@@ -78,21 +79,21 @@ class AnchoredCells(ModelHook):
         packed, rest = kwargs["hidden_states"].tensor_split([4 * h * w], 1)
         anchor, self._s = self.here()
         self._anchor = anchor.to(packed.device, torch.float32)
-        self._x = grid(packed, 2 * h, 2 * w).float()
+        self._x = to_grid(packed, 2 * h, 2 * w).float()
         self._y = cell_means((1 - self._s) * self._anchor + 2 * (self._x - (1 - self._s) * self._anchor))
         shown = torch.where(self._is_fine(), self._x, self._y)
-        kwargs["hidden_states"] = torch.cat([tokens(shown).to(packed.dtype), rest], 1)
+        kwargs["hidden_states"] = torch.cat([to_tokens(shown).to(packed.dtype), rest], 1)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output):
         h, w = self.mixed.size
         packed, rest = output[0].tensor_split([4 * h * w], 1)
-        v = grid(packed, 2 * h, 2 * w).float()
+        v = to_grid(packed, 2 * h, 2 * w).float()
         seen = self._y - self._s * v
         moved = self._anchor + seen - cell_means(self._anchor)
         velocity = torch.where(self._is_fine(), v, (self._x - moved) / self._s)
         self._anchor = self._x = self._y = None
-        packed = torch.cat([tokens(velocity).to(packed.dtype), rest], 1)
+        packed = torch.cat([to_tokens(velocity).to(packed.dtype), rest], 1)
         return (packed, *output[1:]) if isinstance(output, tuple) else type(output)(packed)
 
     def _is_fine(self) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from solver.samplers.calls import guides_by_true_cfg
-from solver.samplers.hiflow import model_patches
 from solver.samplers.hiflow.plan import Stage, ladder
 from solver.samplers.latents import as_seeds, default_size, denoiser, is_video, latent_shape, patch_size, vae_factor
 
@@ -46,13 +45,6 @@ def size_multiple(pipe: DiffusionPipeline) -> int:
 def native_size(pipe: DiffusionPipeline) -> tuple[int, int] | None:
     """What a transformer is made for. None of UNets and PixArt, which keep neither shift nor positions."""
     return default_size(pipe) if hasattr(pipe, "default_sample_size") else None
-
-
-def is_distilled_to_few_steps(pipe: DiffusionPipeline) -> bool:
-    """Whether the pipeline is of FLUX schnell's kind: its grid is not shifted, and it is told no guidance."""
-    config = pipe.scheduler.config
-    plain = not config.get("use_dynamic_shifting") and config.get("shift") == 1.0
-    return plain and model_patches.takes_patches(pipe) and not denoiser(pipe).config.get("guidance_embeds")
 
 
 def check_mixable(pipe: DiffusionPipeline) -> None:

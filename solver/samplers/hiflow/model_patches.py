@@ -21,14 +21,10 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-
-def takes_patches(pipe: DiffusionPipeline) -> bool:
-    """Whether the pipeline's transformer is of the FLUX type, which is what these patches are written for."""
-    transformer = pipe.components.get("transformer")
-    return isinstance(getattr(transformer, "_orig_mod", transformer), FluxTransformer2DModel)  # compiled ones too
+from solver.samplers.latents import to_grid, to_tokens
 
 
 def networks(pipe: DiffusionPipeline) -> list[nn.Module]:
@@ -203,8 +199,8 @@ def shifted_patches(pipe: DiffusionPipeline, grid: tuple[int, int], is_shifted: 
     tokens = height * width
 
     def pad(packed_BND: Tensor) -> Tensor:
-        latents = _unpack(packed_BND[:, :tokens], height, width)
-        padded = _pack(F.pad(latents, (1, 1, 1, 1), mode="reflect"))
+        latents = to_grid(packed_BND[:, :tokens], height, width)
+        padded = to_tokens(F.pad(latents, (1, 1, 1, 1), mode="reflect"))
         return torch.cat([padded, packed_BND[:, tokens:]], dim=1)
 
     def pad_condition(condition: Tensor) -> Tensor:
@@ -227,8 +223,8 @@ def shifted_patches(pipe: DiffusionPipeline, grid: tuple[int, int], is_shifted: 
     def crop(_, args, given, output):
         if not is_shifted():
             return None
-        latents = _unpack(output[0][:, : (height + 1) * (width + 1)], height + 1, width + 1)
-        sample = torch.cat([_pack(latents[..., 1:-1, 1:-1]), output[0][:, (height + 1) * (width + 1) :]], dim=1)
+        latents = to_grid(output[0][:, : (height + 1) * (width + 1)], height + 1, width + 1)
+        sample = torch.cat([to_tokens(latents[..., 1:-1, 1:-1]), output[0][:, (height + 1) * (width + 1) :]], dim=1)
         return (sample,) if isinstance(output, tuple) else type(output)(sample=sample)
 
     with _hooked(
@@ -244,15 +240,6 @@ def _half_a_patch_off(ids_N3: Tensor, height: int, width: int) -> Tensor:
     positions = torch.cartesian_prod(rows, columns)
     image = torch.cat([ids_N3[0, 0].expand(len(positions), 1), positions], dim=1)
     return torch.cat([image, ids_N3[height * width :]])
-
-
-def _unpack(packed_BND: Tensor, height: int, width: int) -> Tensor:
-    """Patches to latents: (B, h w, 4 C) -> (B, C, 2 h, 2 w)."""
-    return F.pixel_shuffle(packed_BND.transpose(1, 2).unflatten(2, (height, width)), 2)
-
-
-def _pack(latents_BCHW: Tensor) -> Tensor:
-    return F.pixel_unshuffle(latents_BCHW, 2).flatten(2).transpose(1, 2)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ With these s both are dy = f ds, so HiFlow's rules, written for flow models, hol
 import inspect
 import math
 
-import torch
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -134,12 +133,3 @@ def first_order(scheduler: SchedulerMixin) -> SchedulerMixin:
         return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
     shift = config.get("shift", config.get("flow_shift"))  # the latter is that of multistep solvers in flow mode
     return FlowMatchEulerDiscreteScheduler.from_config(config, **({} if shift is None else {"shift": shift}))
-
-
-def diffusion_sigmas(scheduler: SchedulerMixin, steps: int, device: torch.device | None = None) -> Tensor:
-    """σ/α at the points of the scheduler's own grid of an ε- or v-model, (K+1,), and sets it."""
-    scheduler.set_timesteps(steps, device=device)
-    if not isinstance(scheduler, DDIMScheduler):
-        return scheduler.sigmas.cpu().float()
-    signal = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps.cpu()], scheduler.final_alpha_cumprod[None]])
-    return ((1 - signal) / signal).sqrt().float()

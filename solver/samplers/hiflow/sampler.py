@@ -23,8 +23,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from solver.samplers.caches import require_cache
-from solver.samplers.calls import guidance
-from solver.samplers.cascade import Segment, encoded_once, run_segment, set_grid, sigma_grid
+from solver.samplers.calls import guidance, is_distilled_to_few_steps
+from solver.samplers.cascade import Segment, diffusion_sigmas, encoded_once, run_segment, set_grid, sigma_grid
 from solver.samplers.hiflow import model_patches
 from solver.samplers.hiflow.alignment import StageAlignment, Trajectory, enlarge, sharpen
 from solver.samplers.hiflow.continuing import check_smaller, fingerprints
@@ -38,7 +38,6 @@ from solver.samplers.hiflow.inputs import (
     check_pipeline,
     check_positions,
     given_image,
-    is_distilled_to_few_steps,
     native_size,
     picture_call,
     size_multiple,
@@ -48,7 +47,6 @@ from solver.samplers.hiflow.memory import check_memory
 from solver.samplers.hiflow.noise import (
     check_rule,
     clean_image,
-    diffusion_sigmas,
     first_order,
     model_output_of,
     noised,
@@ -70,12 +68,13 @@ from solver.samplers.hiflow.plan import (
 from solver.samplers.latents import (
     decode,
     denoiser,
+    has_flux_transformer,
     latent_shape,
     patch_size,
     seeded,
     vae_factor,
 )
-from solver.samplers.ralu.prompts import encoded, row_of
+from solver.samplers.prompts import encoded, row_of
 
 
 class HiFlowResult(NamedTuple):
@@ -161,7 +160,7 @@ def hiflow(
         guidance_scale=guidance_scale,
         alignment=alignment,
         distilled_guidance=bool(denoiser(pipe).config.get("guidance_embeds")),
-        model_patches=model_patches.takes_patches(pipe),
+        model_patches=has_flux_transformer(pipe),
         known=known,
     )
     if image is not None and alignment == "none":
@@ -344,7 +343,7 @@ class _Run:
 def _patches(pipe: DiffusionPipeline, stage: Stage, base: tuple[int, int], is_shifted) -> Iterator[None]:
     """The changes inside the transformer that the stage asks for. Hooks run in the order of this list."""
     with ExitStack() as stack:
-        if model_patches.takes_patches(pipe) and stage.height * stage.width > base[0] * base[1]:
+        if has_flux_transformer(pipe) and stage.height * stage.width > base[0] * base[1]:
             pixels = vae_factor(pipe) * patch_size(pipe)
             rows, columns = stage.height // pixels, stage.width // pixels
             base_rows, base_columns = base[0] // pixels, base[1] // pixels

@@ -25,6 +25,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed_from_grid
 from torch import Tensor, nn
 
+from solver.samplers.latents import to_grid, to_tokens
 from solver.samplers.ralu.noise import enlarge, on_grid, reduce
 
 ANCHORS = {"corner": 0.0, "centre": 0.25}  # where in its cell a coarse token sits, in small tokens
@@ -94,7 +95,7 @@ class MixedTokens:
 
     def gather(self, x_BCHW: Tensor) -> Tensor:
         """The mixed sequence of a grid, (B, N, 4C): channel, row and column of the patch."""
-        return torch.cat([tokens(reduce(x_BCHW, self.copy))[:, self.coarse], tokens(x_BCHW)[:, self.fine]], 1)
+        return torch.cat([to_tokens(reduce(x_BCHW, self.copy))[:, self.coarse], to_tokens(x_BCHW)[:, self.fine]], 1)
 
     def scatter(self, mixed_BND: Tensor) -> Tensor:
         """The grid (B, C, H, W) of a mixed sequence, coarse cells constant."""
@@ -102,20 +103,8 @@ class MixedTokens:
         small = mixed_BND.new_zeros(len(mixed_BND), h * w, mixed_BND.shape[-1])
         full = mixed_BND.new_zeros(len(mixed_BND), 4 * h * w, mixed_BND.shape[-1])
         small[:, self.coarse], full[:, self.fine] = mixed_BND[:, :split], mixed_BND[:, split:]
-        coarse_BCHW = enlarge(grid(small, h, w), self.copy)
-        return torch.where(on_grid(self.fine_hw[None]), grid(full, 2 * h, 2 * w), coarse_BCHW)
-
-
-def tokens(x_BCHW: Tensor) -> Tensor:
-    """2 x 2 patches row by row, (B, H/2 · W/2, 4C): channel, row, column, as FLUX packs."""
-    patches = x_BCHW.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # B C h p w q
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def grid(tokens_BND: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of `tokens`: (B, C, 2 rows, 2 columns)."""
-    patches = tokens_BND.unflatten(1, (rows, columns)).unflatten(-1, (-1, 2, 2))  # B h w C p q
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(-2).flatten(-3, -2)
+        coarse_BCHW = enlarge(to_grid(small, h, w), self.copy)
+        return torch.where(on_grid(self.fine_hw[None]), to_grid(full, 2 * h, 2 * w), coarse_BCHW)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +122,7 @@ class PackedTokens(ModelHook):
     def pre_forward(self, module: nn.Module, *args, **kwargs):
         h, w = self.mixed.size
         image, self._rest = kwargs["hidden_states"].tensor_split([4 * h * w], 1)
-        kwargs["hidden_states"] = torch.cat([self.mixed.gather(grid(image, 2 * h, 2 * w)), self._rest], 1)
+        kwargs["hidden_states"] = torch.cat([self.mixed.gather(to_grid(image, 2 * h, 2 * w)), self._rest], 1)
         if kwargs.get("img_ids") is not None:
             kwargs["img_ids"] = self._ids(kwargs["img_ids"])
         if kwargs.get("img_shapes") is not None and self.mixed.units == "small":
@@ -143,7 +132,7 @@ class PackedTokens(ModelHook):
     def post_forward(self, module: nn.Module, output):
         velocity_BND = output[0]
         mixed_BND = velocity_BND[:, : velocity_BND.shape[1] - self._rest.shape[1]]
-        velocity = torch.cat([tokens(self.mixed.scatter(mixed_BND)), velocity_BND[:, mixed_BND.shape[1] :]], 1)
+        velocity = torch.cat([to_tokens(self.mixed.scatter(mixed_BND)), velocity_BND[:, mixed_BND.shape[1] :]], 1)
         self._rest = None
         return (velocity, *output[1:]) if isinstance(output, tuple) else type(output)(velocity)
 
@@ -205,7 +194,7 @@ class UnpatchedTokens(ModelHook):
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         channels_first = output.unflatten(-1, (2, 2, -1)).movedim(-1, -3).flatten(2)
-        full = tokens(self.mixed.scatter(channels_first))
+        full = to_tokens(self.mixed.scatter(channels_first))
         return full.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).flatten(2)
 
 

@@ -30,6 +30,7 @@ from diffusers import (
 from torch import Tensor
 
 from solver.samplers.caches import cached, require_cache
+from solver.samplers.calls import is_distilled_to_few_steps
 from solver.samplers.cascade import (
     Segment,
     fresh_copy,
@@ -38,7 +39,6 @@ from solver.samplers.cascade import (
     require_flow,
     run_segment,
 )
-from solver.samplers.hiflow.inputs import is_distilled_to_few_steps
 from solver.samplers.latents import (
     as_seeds,
     decode,
@@ -50,11 +50,11 @@ from solver.samplers.latents import (
     seeded,
     vae_factor,
 )
+from solver.samplers.prompts import encoded, row_of
 from solver.samplers.ralu.edges import LUMA, edge_scores, number_of_fine, select, sobel_scores
 from solver.samplers.ralu.mixed_resolution import ANCHORS, UNITS, mixed_resolution, require_mixable, require_positions
 from solver.samplers.ralu.noise import COPIES, enlarge, injected_noise, on_grid, reduce, white_noise
 from solver.samplers.ralu.plan import as_schedule, default_preset
-from solver.samplers.ralu.prompts import encoded, row_of
 from solver.samplers.ralu.schedule import Schedule, restart, scheduler_shift
 
 PIPELINES = (FluxPipeline, FluxKontextPipeline, StableDiffusion3Pipeline, QwenImagePipeline)

@@ -11,7 +11,8 @@ from solver.samplers.hiflow import PRESETS, hiflow, with_steps
 from solver.samplers.hiflow.edges_first import cell_means, edge_cells, edges_first
 from solver.samplers.hiflow.explain import explain
 from solver.samplers.hiflow.plan import few_tokens, plan_stages
-from solver.samplers.ralu.mixed_resolution import grid, hooked, tokens
+from solver.samplers.latents import to_grid, to_tokens
+from solver.samplers.ralu.mixed_resolution import hooked
 from solver.samplers.ralu.noise import on_grid
 
 CODE = replace(with_steps(PRESETS["code"], 5), stage_steps=(4,))
@@ -45,7 +46,7 @@ def ask(network, x_1CHW, **patch):
     """Velocity of a grid from the network, through a patch if there is one."""
     h, w = (side // 2 for side in x_1CHW.shape[-2:])
     ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(h)), torch.arange(float(w)))
-    return grid(network(hidden_states=tokens(x_1CHW), img_ids=ids)[0], h, w)
+    return to_grid(network(hidden_states=to_tokens(x_1CHW), img_ids=ids)[0], h, w)
 
 
 def test_coarse_cells_have_the_noise_of_the_level_and_move_their_anchor():
@@ -62,7 +63,7 @@ def test_coarse_cells_have_the_noise_of_the_level_and_move_their_anchor():
     assert ids[:coarse, 1:].frac().unique().tolist() == [0.5] and not ids[coarse:].frac().any()
     # What a coarse token shows, less the mean of the anchor, is white noise at the noise level.
     is_fine = on_grid(fine[None])
-    cells = tokens(cell_means((1 - S) * anchor)[..., ::2, ::2])[:, mixed.coarse]
+    cells = to_tokens(cell_means((1 - S) * anchor)[..., ::2, ::2])[:, mixed.coarse]
     assert (shown[:, :coarse] - cells).std().item() == pytest.approx(S, rel=0.03)
     # Fine cells get what the network says; coarse ones keep the anchor's detail around what it says.
     x0 = x - S * v
@@ -83,7 +84,7 @@ def test_with_all_cells_fine_it_is_the_plain_network(flux):
         "return_dict": False,
     }
     ids = torch.cartesian_prod(torch.zeros(1), torch.arange(16.0), torch.arange(16.0))
-    packed = tokens(x)
+    packed = to_tokens(x)
     with torch.no_grad():
         plain = pipe.transformer(hidden_states=packed, img_ids=ids, **arguments)[0]
         with edges_first(pipe.transformer, torch.ones(8, 8, dtype=torch.bool), lambda: (torch.zeros_like(x), S)):

@@ -21,9 +21,10 @@ from PIL import Image
 from tiny_pipelines import tiny_pipeline
 from torch import nn
 
+from solver.samplers.calls import is_distilled_to_few_steps
 from solver.samplers.hiflow import hiflow, memory, with_steps
 from solver.samplers.hiflow.continuing import _fingerprint
-from solver.samplers.hiflow.inputs import given_image, is_distilled_to_few_steps
+from solver.samplers.hiflow.inputs import given_image
 from solver.samplers.hiflow.memory import check_memory, decoder_bytes
 from solver.samplers.hiflow.plan import plan_stages
 

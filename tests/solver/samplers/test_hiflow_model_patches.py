@@ -4,18 +4,14 @@ import math
 
 import pytest
 import torch
-from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from tiny_pipelines import tiny_pipeline
 
 from solver.samplers.hiflow.model_patches import (
-    _pack,
-    _unpack,
     attention_scale,
     exact_positions,
     repeated_text,
     rope_base,
     shifted_patches,
-    takes_patches,
 )
 
 GRID = 8  # patches a side
@@ -48,17 +44,6 @@ def inputs(extra=0, seed=0):
 @torch.no_grad()
 def evaluate(pipe, **given):
     return pipe.transformer(**given, return_dict=False)[0]
-
-
-def test_packing_is_that_of_the_pipeline():
-    latents = torch.randn(2, 4, 6, 10)
-    assert torch.equal(_pack(latents), FluxPipeline._pack_latents(latents, 2, 4, 6, 10))
-    assert torch.equal(_unpack(_pack(latents), 3, 5), latents)
-
-
-def test_only_flux_type_pipelines_take_patches():
-    expected = {"flux": True, "flux-kontext": True, "sd3": False, "sd": False, "qwen-image": False}
-    assert {family: takes_patches(tiny_pipeline(family)[0]) for family in expected} == expected
 
 
 def test_nothing_is_left(pipe):

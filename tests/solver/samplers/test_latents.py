@@ -12,6 +12,7 @@ from solver.samplers.latents import (
     decode,
     default_size,
     denoiser,
+    has_flux_transformer,
     initial_noise,
     is_packed,
     is_video,
@@ -74,6 +75,11 @@ def test_what_each_accepts(family):
     assert {"sigmas", "timesteps"} & set(accepted) == FACTS[name][-1]
     assert {"latents", "output_type", "height", "width", "num_inference_steps"} <= set(accepted)
     assert is_video(pipe) == ("num_frames" in accepted)
+
+
+def test_transformers_of_the_flux_type():
+    expected = {"flux": True, "flux-kontext": True, "sd3": False, "sd": False, "qwen-image": False}
+    assert {family: has_flux_transformer(tiny_pipeline(family)[0]) for family in expected} == expected
 
 
 def test_unpack_inverts_pack(family):

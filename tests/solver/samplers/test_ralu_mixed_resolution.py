@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from solver.samplers.cascade import Segment, run_segment
-from solver.samplers.latents import latent_shape
+from solver.samplers.latents import latent_shape, to_grid, to_tokens
 from solver.samplers.ralu.edges import select
-from solver.samplers.ralu.mixed_resolution import MixedTokens, grid, mixed_resolution, sd3_positions, tokens
+from solver.samplers.ralu.mixed_resolution import MixedTokens, mixed_resolution, sd3_positions
 from solver.samplers.ralu.noise import COPIES, enlarge, siblings
 from tests.tiny_pipelines import SIZE, tiny_pipeline
 
@@ -63,15 +63,15 @@ def test_gather_and_scatter(copy):
     on = fine.repeat_interleave(4, 0).repeat_interleave(4, 1)
     state = torch.where(on, x, enlarge(small, copy))
     sequence = mixed.gather(state)
-    assert torch.equal(sequence[:, : len(mixed.coarse)], tokens(small)[:, mixed.coarse])
+    assert torch.equal(sequence[:, : len(mixed.coarse)], to_tokens(small)[:, mixed.coarse])
     assert torch.equal(mixed.scatter(sequence), state)
-    assert torch.equal(grid(tokens(x), 6, 8), x)
+    assert torch.equal(to_grid(to_tokens(x), 6, 8), x)
 
 
 def test_tokens_are_those_of_flux():
     pipe, _ = tiny_pipeline("flux")
     x = standard(2, 4, 8, 12)
-    assert torch.equal(tokens(x), pipe._pack_latents(x, *x.shape))
+    assert torch.equal(to_tokens(x), pipe._pack_latents(x, *x.shape))
 
 
 def segment_run(pipe, call, x, sigmas, size):

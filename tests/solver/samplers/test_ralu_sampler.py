@@ -23,11 +23,11 @@ from solver import ConsistencySolverScheduler
 from solver.samplers.cascade import set_grid
 from solver.samplers.cost import network_of, run_flops
 from solver.samplers.latents import decode
+from solver.samplers.prompts import encoded
 from solver.samplers.ralu.edges import canny_scores, select
 from solver.samplers.ralu.mixed_resolution import require_mixable
 from solver.samplers.ralu.noise import siblings, white_noise
 from solver.samplers.ralu.plan import stage_tokens
-from solver.samplers.ralu.prompts import encoded
 from solver.samplers.ralu.sampler import (
     PUBLISHED,
     Choices,

@@ -10,8 +10,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import sample
 from evaluation.remembered import read, recipe_of
 from solver.samplers.calls import guidance, text_length
+from solver.samplers.prompts import row_of
 from solver.samplers.ralu import sampler
-from solver.samplers.ralu.prompts import row_of
 from solver.samplers.ralu.sampler import ralu
 from solver.samplers.ralu.schedule import Schedule
 from tests.tiny_pipelines import SIZE, tiny_pipeline
