@@ -140,7 +140,7 @@ class Bench:
 
 
 def _processor() -> str:
-    return f"{torch.get_num_threads()} threads of a {platform.machine()} processor"
+    return f"{platform.machine()} processor, threads: {torch.get_num_threads()}"
 
 
 def _bytes(images_BCHW: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ OF_A_PICTURE = (
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", help="pipeline: hub id or local folder")
     parser.add_argument("--prompt")
-    parser.add_argument("--negative_prompt", help="what the picture shall not show; needs --guidance_scale above 1")
+    parser.add_argument("--negative_prompt", help="what the picture shall not show; needs guidance above 1")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--output", type=Path, help="PNG file to write; the next of outputs/hiflow-N.png by default")
     parser.add_argument("--sizes", type=_size, nargs="+", help="pixels, or HEIGHTxWIDTH; default: the model's, x2, x4")
