@@ -100,8 +100,10 @@ def draw_sheet(seen: dict[str, dict[str, Tensor]], size: int, prompts: Sequence[
     draw = ImageDraw.Draw(sheet)
     for i, (name, pictures) in enumerate(columns.items()):
         x = MARGIN + CAPTION + i * (TILE + GAP)
-        draw.text((x, MARGIN), name, INK, ImageFont.load_default(17))
-        draw.text((x + TILE, MARGIN + 4), f"{pictures.shape[-1]} px", FAINT, ImageFont.load_default(12), anchor="ra")
+        title = ImageFont.load_default(17)
+        draw.text((x, MARGIN), name, INK, title)
+        after = x + draw.textlength(name, title) + 8
+        draw.text((after, MARGIN + 4), f"{pictures.shape[-1]} px", FAINT, ImageFont.load_default(12))
         for row in range(rows):
             sheet.paste(_tile(pictures[row]), (x, MARGIN + HEAD + row * (TILE + GAP)))
     for row in range(rows):
