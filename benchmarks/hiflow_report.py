@@ -48,20 +48,7 @@ def _at(size: int, seen: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def table(report: dict) -> str:
     """A Markdown table a size; in brackets the 95 % interval of the row less the full method."""
-    looked_at = " and ".join(f"{size} ({name})" for name, size in report["looked_at"].items())
-    parts = [
-        f"# HiFlow on {report['model']}, {report['sizes'][0]} px and larger",
-        f"{report['num_prompts']} captions of test scenes, preset {report['preset']}, guidance "
-        f"{report['guidance_scale']}; in brackets the 95 % interval of the row less `{FULL}`, of a paired bootstrap "
-        "over captions. Distances are to the rendered scenes of as many other captions; the captions' own, the row "
-        f"`{RENDERED}`, is what a faultless model would have. The networks look at {looked_at} pixels a side: whole "
-        "pictures are shrunk to that, patches are cut out. Low band: correlation with the shared run's base picture "
-        "in the band that is aligned; wide band: in one as many times as wide as a latent has pixels. Rows in other "
-        "numbers of steps have bases of their own, and how far those are from the shared one counts here too. "
-        "GFLOPs: of one branch of the network, at this size, for one picture.",
-        f"`{DIRECT}` has the recipe's changes inside the network, `{STOCK}` is the pipeline's own call.",
-        f"On {report['device']}, {report['dtype']}, torch {report['torch']}, diffusers {report['diffusers']}.",
-    ]
+    parts = [f"# HiFlow on {report['model']}, {report['sizes'][0]} px and larger", _explained(report)]
     for size, rows in report["results"].items():
         costs = {row: value for row, value in report["gflops"][size].items() if value is not None}
         head = ["row", *(heading for heading, _, _ in COLUMNS.values()), *(["GFLOPs"] if costs else [])]
@@ -72,6 +59,34 @@ def table(report: dict) -> str:
         ]
         parts += [f"## {size} px", "\n".join(lines)]
     return "\n\n".join(parts)
+
+
+def _explained(report: dict) -> str:
+    """What the rows and columns that are there mean."""
+    rows = next(iter(report["results"].values()))
+    looked_at = " and ".join(f"{size} ({name})" for name, size in report["looked_at"].items())
+    said = [
+        f"{report['num_prompts']} captions of test scenes, preset {report['preset']}, guidance "
+        f"{report['guidance_scale']}; in brackets the 95 % interval of the row less `{FULL}`, of a paired bootstrap "
+        "over captions. Distances are to the rendered scenes of as many other captions; the captions' own, the row "
+        f"`{RENDERED}`, is what a faultless model would have. The networks look at {looked_at} pixels a side: whole "
+        "pictures are shrunk to that, patches are cut out. Low band: correlation with the shared run's base picture "
+        "in the band that is aligned; wide band: in one as many times as wide as a latent has pixels."
+    ]
+    if any(name.startswith(f"{FULL}, ") for name in rows):
+        said.append(
+            "Rows in other numbers of steps have bases of their own, and how far those are from the shared one counts "
+            "here too."
+        )
+    if any(value is not None for costs in report["gflops"].values() for value in costs.values()):
+        said.append(
+            "GFLOPs: of one branch of the network, at this size, for one picture. "
+            f"`{DIRECT}` has the recipe's changes inside the network."
+        )
+    if STOCK in rows:
+        said.append(f"`{STOCK}` is the pipeline's own call.")
+    said.append(f"On {report['device']}, {report['dtype']}, torch {report['torch']}, diffusers {report['diffusers']}.")
+    return " ".join(said)
 
 
 def _cost(costs: dict[str, float], row: str) -> list[str]:

@@ -12,6 +12,7 @@ of a published model, and loads no weights.
 
 import json
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from evaluation.commands import GUIDANCE_SCALE, check_output, check_steps, next_
 from evaluation.config import check_guidance
 
 TUPLES = ("stage_steps", "tau", "cutoff", "alpha", "beta", "ntk_factor")  # of a recipe, a number a larger stage
+SIZES = (
+    "pixels, or HEIGHTxWIDTH; by default the model's or the given picture's, twice and four times it a side, as far "
+    "as the model has positions"
+)
 SWITCHES = {
     "proportional_attention": "on FLUX, whether logits grow with the number of keys",
     "text_copies": "on FLUX, whether the text comes once a base-size tile",
@@ -38,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--negative_prompt", help="what the picture shall not show; needs guidance above 1")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--output", type=Path, help="PNG file to write; the next of outputs/hiflow-N.png by default")
-    parser.add_argument("--sizes", type=_size, nargs="+", help="pixels, or HEIGHTxWIDTH; default: the model's, x2, x4")
+    parser.add_argument("--sizes", type=_size, nargs="+", help=SIZES)
     parser.add_argument("--all_sizes", action="store_true", help="write the smaller pictures too, as NAME_SIZE.png")
     parser.add_argument("--solver", help="a learned one for all stages: folder or hub id; told the first scale")
     parser.add_argument("--image", type=Path, help="picture of the first size to enlarge, instead of rendering it")
@@ -86,18 +91,19 @@ def run(given: Namespace) -> Path | str:
 
         family = given.family or "flux"
         known = FAMILIES.get(family)
-        recipe = _recipe(given, known and known.steps)
+        sizes = given.sizes or (known and known.sizes)
+        recipe = _recipe(given, known and known.steps, sizes)
         scale = _guidance(given)
         if scale is None and known and not (known.distilled or known.steps):
             scale = GUIDANCE_SCALE
-        report = explain(family, given.sizes, recipe, scale, given.alignment)
+        report = explain(family, sizes, recipe, scale, given.alignment)
         return json.dumps(report, indent=1) if given.json else as_table(report)
     refuse_unused(given, ("family", "json"), "only --explain has a use for it")
     return _render(given)
 
 
-def _recipe(given: Namespace, few_steps: int | None):
-    """The preset with what was given; `few_steps` are those of a distilled model."""
+def _recipe(given: Namespace, few_steps: int | None, sizes: Sequence | None):
+    """The preset with what was given; `few_steps` are those of a distilled model, sizes None where not known yet."""
     from solver.samplers.hiflow.plan import as_recipe, with_changes, with_steps
 
     recipe, steps = as_recipe(given.preset), few_steps if given.steps is None else given.steps
@@ -106,9 +112,8 @@ def _recipe(given: Namespace, few_steps: int | None):
     tuples = {name: getattr(given, name) for name in TUPLES}
     tuples = {name: tuple(values) for name, values in tuples.items() if values}
     for name, values in tuples.items():
-        larger = len(given.sizes) - 1 if given.sizes else 2
-        if len(values) > larger:
-            raise ValueError(f"--{name} {values}: expected at most {larger}, one a larger stage.")
+        if sizes is not None and len(values) >= len(sizes):
+            raise ValueError(f"--{name} {values}: expected at most {len(sizes) - 1}, one a larger stage.")
     edges_first = tuple(given.edges_first) if given.edges_first else None
     chosen = {name: getattr(given, name) for name in (*SWITCHES, "start", "acceleration")}
     return with_changes(recipe, **tuples, **chosen, edges_first=edges_first)
@@ -129,7 +134,8 @@ def _render(given: Namespace) -> Path:
     from solver.samplers.hiflow.plan import as_size, plan_stages
 
     # What can be said without the model is said before it is loaded.
-    plan_stages(given.sizes or (1, 2, 4), _recipe(given, None), None, _guidance(given), given.alignment)
+    scale = _guidance(given) if given.sizes else None
+    plan_stages(given.sizes or (1, 2, 4), _recipe(given, None, given.sizes), None, scale, given.alignment)
     from PIL import Image
 
     from evaluation.single import save_png, solver_scheduler, to_picture
@@ -149,7 +155,8 @@ def _render(given: Namespace) -> Path:
         given_image(image, as_size(given.sizes[0]), 1)  # raises where it is of another size
     pipe = _pipeline(given)
     few, told = is_distilled_to_few_steps(pipe), denoiser(pipe).config.get("guidance_embeds")
-    recipe, scale = _recipe(given, FEW_STEPS if few else None), _guidance(given)
+    sizes = given.sizes or usual_sizes(pipe, image)
+    recipe, scale = _recipe(given, FEW_STEPS if few else None, sizes), _guidance(given)
     scales = given.guidance_scale or (recipe.guidance_scales if told else None)
     solver = solver_scheduler(given.solver, pipe.scheduler, scales and scales[0]) if given.solver else None
     if scales is None and not few:
@@ -158,7 +165,6 @@ def _render(given: Namespace) -> Path:
     if given.negative_prompt:
         guidance(pipe, max(scales or [scale or 1]), [given.negative_prompt])  # raises where it has no use for it
         call["negative_prompt"] = given.negative_prompt
-    sizes = given.sizes or usual_sizes(pipe, image)
     result = hiflow(
         pipe,
         given.prompt,
@@ -174,8 +180,8 @@ def _render(given: Namespace) -> Path:
     )
     facts = {name: getattr(given, name) for name in ("model", "prompt", "negative_prompt", "seed", "solver")}
     facts = {name: value for name, value in facts.items() if value is not None} | {"dtype": _dtype(given)}
-    told = {"guidance_scales": [stage.guidance_scale for stage in result.stages]}
-    facts["hiflow"] = json.dumps({"sizes": sizes, "alignment": given.alignment, **asdict(recipe), **told})
+    walked = {"stages": [[stage.height, stage.width, stage.guidance_scale] for stage in result.stages]}
+    facts["hiflow"] = json.dumps({"sizes": sizes, "alignment": given.alignment, **asdict(recipe), **walked})
     if given.image:
         facts |= {"enlarged": str(given.image), "enlarged_sha256": source_identity(given.image.read_bytes()).hex()}
     pictures = result.images if given.all_sizes else result.images[-1:]

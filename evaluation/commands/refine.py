@@ -74,8 +74,8 @@ def run(given: Namespace) -> Path:
         )
     if cascade := [name for name in CASCADES if name in remembered]:
         raise ValueError(
-            f"{given.preview} is a picture of `sample.py {cascade[0]}`, which no plain run refines. With --model, "
-            "--prompt and --seed instead, its prompt and seed make another picture."
+            f"{given.preview} is a picture of `sample.py {cascade[0]}`, which no plain run refines. Leave --preview "
+            "out, and give --model, --prompt and --seed, for the plain run of its prompt: another picture."
         )
     facts = picture_facts(given, remembered) | {"dtype": given.dtype or "float32"}
     model = facts["model"]

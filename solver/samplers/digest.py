@@ -39,15 +39,24 @@ def networks_digest(networks: Mapping[str, torch.nn.Module]) -> str:
 
 
 def adapters(pipe: DiffusionPipeline) -> dict:
-    """LoRA adapters that are on, and their scales, by network; the digest of the weights knows neither."""
-    networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    layers = [(name, layer) for name, network in networks.items() for layer in network.modules() if _adapts(layer)]
-    return {
-        f"{name}: {adapter}": float(layer.scaling[adapter])
-        for name, layer in layers
-        for adapter in layer.active_adapters
-        if adapter in layer.scaling
-    }
+    """LoRA adapters that are on, and their scales, by network; the digest of the weights knows neither.
+
+    A scale is one number, or where layers differ a sha256 over all of them.
+    """
+    scales: dict[str, dict[str, float]] = {}
+    for name, network in pipe.components.items():
+        for key, layer in network.named_modules() if isinstance(network, torch.nn.Module) else ():
+            for adapter in layer.active_adapters if _adapts(layer) else ():
+                if adapter in layer.scaling:
+                    scales.setdefault(f"{name}: {adapter}", {})[key] = float(layer.scaling[adapter])
+    return {adapter: _one_scale(by_layer) for adapter, by_layer in scales.items()}
+
+
+def _one_scale(by_layer: Mapping[str, float]) -> float | str:
+    different = set(by_layer.values())
+    if len(different) == 1:
+        return different.pop()
+    return hashlib.sha256(repr(sorted(by_layer.items())).encode()).hexdigest()
 
 
 def _adapts(module: torch.nn.Module) -> bool:

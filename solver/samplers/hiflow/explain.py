@@ -68,6 +68,11 @@ class Family:
     side: int = 1024
 
     @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Where none are given."""
+        return ladder((self.side, self.side), self.largest)
+
+    @property
     def unet(self) -> bool:
         return self.network in ("sdxl", "sd1.5")
 
@@ -105,7 +110,7 @@ def explain(
     if family not in FAMILIES:
         raise ValueError(f"family {family!r}: plans without weights are known for {', '.join(FAMILIES)}.")
     model, network = FAMILIES[family], NETWORKS[FAMILIES[family].network]
-    sizes = ladder((model.side, model.side), model.largest) if sizes is None else sizes
+    sizes = model.sizes if sizes is None else sizes
     recipe = as_recipe(preset)
     if isinstance(preset, str) and model.steps:
         recipe = with_steps(recipe, model.steps)

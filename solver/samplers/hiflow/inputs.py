@@ -81,9 +81,19 @@ def check_positions(pipe: DiffusionPipeline, largest: Stage) -> None:
 
 
 def usual_sizes(pipe: DiffusionPipeline, image: Tensor | Image | None) -> list[tuple[int, int]]:
-    """Where none are given: what the model knows, or a given image's own size, twice and four times it a side."""
+    """Where none are given: what the model knows, or a given image's own size, twice and four times it a side.
+
+    Raises:
+        ValueError: the model has no positions for twice the size.
+    """
     base = default_size(pipe) if image is None else tuple(as_pixels(image).shape[-2:])
-    return ladder(base, largest_side(pipe))
+    sizes = ladder(base, largest := largest_side(pipe))
+    if len(sizes) < 2:
+        raise ValueError(
+            f"{type(denoiser(pipe)).__name__} has positions for {largest} pixels a side, so {base[0]} x {base[1]} "
+            "cannot be doubled: give sizes."
+        )
+    return sizes
 
 
 def picture_call(pipe, prompt, seed, call: dict) -> tuple[dict, list[int]]:
@@ -126,13 +136,15 @@ def check_negatives(pipe, call: dict, stages: Sequence[Stage]) -> None:
     said = [name for name, value in call.items() if name.startswith("negative_") and _says(value)]
     if not said or (call.get("true_cfg_scale") or 1) > 1:
         return
+    takes = inspect.signature(pipe.__call__).parameters
     if denoiser(pipe).config.get("guidance_embeds"):
         raise ValueError(
             f"call has {', '.join(said)}, but this {type(pipe).__name__} is told its guidance_scale and looks at no "
             "negative prompt: leave it out, or give true_cfg_scale above 1 in call as well."
         )
-    scales = [stage.guidance_scale for stage in stages]
-    if all(scale is not None and scale <= 1 for scale in scales):
+    own = takes["true_cfg_scale" if guides_by_true_cfg(pipe) else "guidance_scale"].default
+    scales = [own if stage.guidance_scale is None else stage.guidance_scale for stage in stages]
+    if max(scales) <= 1:
         raise ValueError(f"call has {', '.join(said)}, but guidance_scale is {max(scales):g}: it needs more than 1.")
 
 

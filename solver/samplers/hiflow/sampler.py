@@ -83,7 +83,7 @@ class HiFlowResult(NamedTuple):
     Attributes:
         images: float32 (B, 3, H, W) in [0, 1] for each size, base first (a given image first). NaN stays NaN.
         latents_BCHW: of the last size, unpacked.
-        stages: the plan that was run, base first.
+        stages: the plan that was run, base first; of a given image only those after it.
         sigmas: noise levels that each stage walked: σ of flow models, σ/α of the others.
         predictions: of x_0 at the last size, by noise level: what a larger stage would follow.
         made_by: fingerprints of what was asked of what: a run that goes on from here has to have the same.
@@ -122,7 +122,8 @@ def hiflow(
         prompt: one, or B. None where `call` has embeddings.
         seed: one a picture, or B; the same picture whatever else is in the batch. One prompt can have several seeds.
         sizes: in pixels, the one that the model knows first: sides of squares, or (height, width). By default that one
-            or, with an image, the image's, twice and four times it a side: 1024, 2048 and 4096 of FLUX.1.
+            or, with an image, the image's, twice and four times it a side, as far as the model has positions: 1024,
+            2048 and 4096 of FLUX.1.
         preset: "code" or "paper", in as many steps as the model is distilled to; or a `plan.Recipe`, as it is; with
             other numbers of steps see `plan.with_steps`.
         image: a picture of the first size to start from instead of rendering it: PIL (turned as its EXIF says, on
@@ -175,10 +176,10 @@ def hiflow(
     call, seeds = picture_call(pipe, prompt, seed, call or {})
     if guidance_scale is not None:
         check_guidance(pipe, call)
-    check_negatives(pipe, call, stages)
     start = None if image is None else given_image(image, first, len(seeds)).to(pipe._execution_device)
     made_by = fingerprints(pipe, recipe, scheduler, call, seeds, start)
     rendered = stages if start is None else stages[1:]
+    check_negatives(pipe, call, rendered)
     if smaller is not None and not isinstance(smaller, HiFlowResult):
         raise ValueError(f"smaller is a {type(smaller).__name__}: expected what an earlier hiflow() left.")
     if smaller is not None:

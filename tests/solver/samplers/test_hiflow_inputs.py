@@ -145,6 +145,8 @@ def test_families_that_cannot():
     with pytest.raises(ValueError, match="positions for 384"):
         pipe, call = prepared("sd3")
         hiflow(pipe, None, 1, (32, 512), CODE, call=call)
+    with pytest.raises(ValueError, match="positions for 384 pixels a side, so 208 x 32 cannot be doubled"):
+        hiflow(pipe, None, 1, preset=CODE, image=torch.rand(3, 208, 32), call=call)
 
 
 def test_pipelines_and_solvers_that_do_not_fit():

@@ -13,6 +13,7 @@ from tiny_flux import save_tiny_flux
 
 import sample
 from evaluation.rendering import load_pipeline
+from evaluation.single import save_png
 from solver import ConsistencySolverScheduler
 from solver.samplers.calls import text_length
 from solver.samplers.grids import shifted
@@ -358,9 +359,11 @@ def test_the_command_renders_with_the_length_and_the_guidance_that_the_model_kno
         difference = np.asarray(small, float) - np.asarray(pipe("a red ring", **call).images[0], float)
         assert abs(difference).max() <= 1 and large.size == (48, 48)
         made = json.loads(large.text["proofsheet:hiflow"])
-        assert made["sizes"] == [32, 48] and made["steps"] == 2 and made["guidance_scales"] == [3.0, 3.0]
-    with pytest.raises(ValueError, match=r"is a picture of `sample\.py hiflow`, which no plain run refines"):
-        sample.main(["refine", "--preview", str(output), "--output", str(tmp_path / "full.png")])
+        assert made["sizes"] == [32, 48] and made["steps"] == 2 and made["stages"] == [[32, 32, 3.0], [48, 48, 3.0]]
+    save_png(Image.new("RGB", (4, 4)), tmp_path / "ralu.png", {"prompt": "x", "seed": "7", "ralu": "{}"})
+    for path, command in ((output, "hiflow"), (tmp_path / "ralu.png", "ralu")):
+        with pytest.raises(ValueError, match=f"is a picture of `sample.py {command}`, which no plain run refines"):
+            sample.main(["refine", "--preview", str(path), "--output", str(tmp_path / "full.png")])
 
 
 def test_a_learned_solver_says_the_guidance_where_nothing_else_does(tmp_path):
@@ -371,10 +374,11 @@ def test_a_learned_solver_says_the_guidance_where_nothing_else_does(tmp_path):
     output = tmp_path / "large.png"
     given = ["hiflow", "--model", str(model), "--prompt", "a red ring", "--seed", "7", "--output", str(output)]
     given += ["--sizes", "32", "48", "--steps", "2", "--solver", str(tmp_path / "solver")]
-    for option, scales in (([], [2.5, 2.5]), (["--guidance_scale", "1", "2"], [1.0, 2.0])):
+    for option, scales in (([], (2.5, 2.5)), (["--guidance_scale", "1", "2"], (1.0, 2.0))):
         sample.main([*given, *option])
         with Image.open(output) as large:
-            assert json.loads(large.text["proofsheet:hiflow"])["guidance_scales"] == scales
+            stages = json.loads(large.text["proofsheet:hiflow"])["stages"]
+        assert tuple(scale for *_, scale in stages) == scales
 
 
 def test_the_usual_sizes_are_those_that_the_model_has(tmp_path):
@@ -388,3 +392,11 @@ def test_the_usual_sizes_are_those_that_the_model_has(tmp_path):
     sample.main([*given, "--image", str(tmp_path / "small.png"), "--output", str(tmp_path / "y.png")])
     with Image.open(tmp_path / "x.png") as own, Image.open(tmp_path / "y.png") as enlarged:
         assert own.size == (4 * side, 4 * side) and enlarged.size == (4 * 48, 4 * 32)
+
+
+def test_numbers_a_stage_are_counted_by_the_sizes_that_the_model_has(capsys):
+    sample.main(["hiflow", "--explain", "--family", "sd3", "--json", "--guidance_scale", "5", "4", "--alpha", "0.5"])
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [(stage["guidance_scale"], stage["alpha"]) for stage in stages] == [(5, 0), (4, 0.5)]
+    with pytest.raises(ValueError, match=r"--alpha \(1.0, 0.5\): expected at most 1, one a larger stage"):
+        sample.main(["hiflow", "--explain", "--family", "sd3", "--alpha", "1", "0.5"])

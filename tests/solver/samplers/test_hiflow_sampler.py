@@ -176,11 +176,13 @@ def test_guidance_of_a_flux_that_is_not_told_it_is_true_cfg():
     with pytest.raises(ValueError, match="needs negative_prompt_embeds"):
         hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call=call)
     names = ("prompt_embeds", "pooled_prompt_embeds")
-    call |= {f"negative_{name}": torch.randn(call[name].shape) for name in names}
+    both = call | {f"negative_{name}": torch.randn(call[name].shape) for name in names}
     with pytest.raises(ValueError, match="true_cfg_scale=3"):
-        hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**call, "true_cfg_scale": 3})
+        hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=2.0, call={**both, "true_cfg_scale": 3})
+    with pytest.raises(ValueError, match=r"call has negative_.*, but guidance_scale is 1: it needs more than 1"):
+        hiflow(pipe, None, 1, (32, 64), CODE, call=both)
     plain = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
-    guided = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=(1.0, 6.0), call=call)
+    guided = hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=(1.0, 6.0), call=both)
     assert torch.equal(guided.images[0], plain.images[0])
     assert not torch.allclose(guided.images[1], plain.images[1], atol=1e-3)
 
@@ -193,8 +195,10 @@ def test_a_negative_prompt_that_nothing_looks_at_is_refused():
     guided = [hiflow(pipe, None, 1, (32,), CODE, call={**call, "true_cfg_scale": x}).images[0] for x in (2.0, 4.0)]
     assert not torch.allclose(*guided, atol=1e-3)
     pipe, call = prepared("sd")
-    with pytest.raises(ValueError, match="but guidance_scale is 1: it needs more than 1"):
-        hiflow(pipe, None, 1, (32, 64), CODE, guidance_scale=1.0, call=call)
+    image = torch.rand(3, 32, 32)
+    for given in ({"guidance_scale": 1.0}, {"guidance_scale": (4.0, 1.0), "image": image}):  # a base that is not drawn
+        with pytest.raises(ValueError, match="but guidance_scale is 1: it needs more than 1"):
+            hiflow(pipe, None, 1, (32, 64), CODE, call=call, **given)
 
 
 def test_one_negative_prompt_serves_all_pictures():
@@ -501,9 +505,11 @@ def test_lora_from_a_file(family, tmp_path):
     assert torch.equal(loaded.images[-1], expected.images[-1])
     assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(loaded.images, plain.images, strict=True))
     base = hiflow(pipe, None, 1, (32,), CODE, call=call)
-    pipe.set_adapters(["default_0"], [0.5])
-    with pytest.raises(ValueError, match="another run: its adapters and dtype differed"):
-        hiflow(pipe, None, 1, (32, 64), CODE, call=call, smaller=base)
+    layers = [module for module in denoiser(pipe).modules() if isinstance(getattr(module, "scaling", None), dict)]
+    for layer in layers[:-1]:  # block by block, as set_adapters can
+        layer.scaling["default_0"] *= 0.5
+        with pytest.raises(ValueError, match="another run: its adapters and dtype differed"):
+            hiflow(pipe, None, 1, (32, 64), CODE, call=call, smaller=base)
     pipe.unload_lora_weights()
     unloaded = hiflow(pipe, None, 1, (32, 64), CODE, call=call)
     torch.testing.assert_close(unloaded.images[-1], plain.images[-1], rtol=0, atol=1e-5)
