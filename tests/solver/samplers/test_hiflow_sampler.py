@@ -548,7 +548,7 @@ class Int8Tensor(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.detach.default:
             return cls(args[0].rows, args[0].scale)
-        raise NotImplementedError(f"{cls.__name__} has no {function}")
+        raise TypeError(f"{cls.__name__} has no {function}")
 
 
 @torch.no_grad()
